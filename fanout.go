@@ -1,0 +1,711 @@
+package main
+
+// One payload, N upstreams: attempts, retries, and the merging of what came of them. The only file that dials.
+//
+// Upstreams are served side by side and never wait for one another. There is one delivery loop (upstream.deliver),
+// for both routes; what an answer means (judge), how long to wait (retryPolicy.delay) and which of several failures
+// the client hears of (merge) are pure functions. The payload is immutable from here on.
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+)
+
+// maxAnswer is how much of an upstream's answer is read, in bytes. Real ones are under 1 KiB.
+const maxAnswer = 1 << 20
+
+// maxWords is how much of its own words an upstream may have repeated to the client, in bytes.
+const maxWords = 1 << 10
+
+// maxAnswerHeader bounds the head of an upstream's answer, in bytes.
+const maxAnswerHeader = 64 << 10
+
+// idleUpstream is how long an unused connection to an upstream is kept: less than the 60 s after which common load
+// balancers hang up, so that a body is seldom risked on a connection that is being closed.
+const idleUpstream = 30 * time.Second
+
+// maxIdleUpstream is how many unused connections are kept for each upstream.
+const maxIdleUpstream = 256
+
+// minMirrorCharge is what a small body counts for in the mirrors' share of memory, in bytes: its bookkeeping is there
+// even when the body is empty.
+const minMirrorCharge = 4 << 10
+
+// code is a Connect error code; its number is the gRPC status of the same name.
+// https://connectrpc.com/docs/protocol#error-codes
+type code int
+
+const (
+	codeOK code = iota
+	codeCanceled
+	codeUnknown
+	codeInvalidArgument
+	codeDeadlineExceeded
+	codeNotFound
+	codeAlreadyExists
+	codePermissionDenied
+	codeResourceExhausted
+	codeFailedPrecondition
+	codeAborted
+	codeOutOfRange
+	codeUnimplemented
+	codeInternal
+	codeUnavailable
+	codeDataLoss
+	codeUnauthenticated
+	codes // how many there are
+)
+
+// describe is the one table of codes: the Connect name and the HTTP status that goes with it.
+func (c code) describe() (name string, status int) {
+	row := [codes]struct {
+		name   string
+		status int
+	}{
+		codeOK:                 {"ok", 200},
+		codeCanceled:           {"canceled", 499},
+		codeUnknown:            {"unknown", 500},
+		codeInvalidArgument:    {"invalid_argument", 400},
+		codeDeadlineExceeded:   {"deadline_exceeded", 504},
+		codeNotFound:           {"not_found", 404},
+		codeAlreadyExists:      {"already_exists", 409},
+		codePermissionDenied:   {"permission_denied", 403},
+		codeResourceExhausted:  {"resource_exhausted", 429},
+		codeFailedPrecondition: {"failed_precondition", 400},
+		codeAborted:            {"aborted", 409},
+		codeOutOfRange:         {"out_of_range", 400},
+		codeUnimplemented:      {"unimplemented", 501},
+		codeInternal:           {"internal", 500},
+		codeUnavailable:        {"unavailable", 503},
+		codeDataLoss:           {"data_loss", 500},
+		codeUnauthenticated:    {"unauthenticated", 401},
+	}[c]
+	return row.name, row.status
+}
+
+func (c code) String() string {
+	name, _ := c.describe()
+	return name
+}
+
+// codeByName is the error code with that Connect name; codeOK if there is none.
+func codeByName(name string) code {
+	for c := codeOK + 1; c < codes; c++ {
+		if c.String() == name {
+			return c
+		}
+	}
+	return codeOK
+}
+
+// A fault is one failure with its two texts: what the client is told, and what only the log may say. It is made where
+// the failure is seen and written to the client by the route's refuse method. It is not changed once made.
+type fault struct {
+	status     int    // the answer on /ingest
+	code       code   // the answer on Push
+	public     string // a short sentence, or a line for each failed upstream
+	cause      error  // private; may be nil
+	retryAfter string // value of Retry-After; "" = none
+	reason     string // of rejected_total; "" = upstreams failed, which their own counters say
+	transient  bool   // the same request may succeed later
+}
+
+func (f *fault) Error() string {
+	if f.cause == nil {
+		return f.public
+	}
+	return f.public + ": " + f.cause.Error()
+}
+
+func (f *fault) Unwrap() error { return f.cause }
+
+// A payload is what one client sent, ready to be copied. Everything in it is immutable and shared by all upstreams;
+// the body's bytes stay counted as in flight until the last user has called release.
+type payload struct {
+	route   routeID
+	query   string      // raw
+	header  http.Header // canonical names, allow-listed
+	body    []byte
+	timed   bool // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
+	expires time.Time
+	users   atomic.Int32
+	free    func() // called once, by the last release
+}
+
+func (p *payload) hold() { p.users.Add(1) }
+
+func (p *payload) release() {
+	if p.users.Add(-1) == 0 {
+		p.free()
+	}
+}
+
+// path is the end of the URL at every upstream.
+func (p *payload) path() string {
+	if p.route == routePush {
+		return pushPath
+	}
+	return ingestPath
+}
+
+// A reply is what the client gets on success: the message of the first required upstream on Push.
+type reply struct {
+	body     []byte
+	encoding string // Content-Encoding of body
+}
+
+// retryPolicy says how one upstream is tried again.
+type retryPolicy struct {
+	timeout    time.Duration // for one attempt
+	minBackoff time.Duration
+	maxBackoff time.Duration
+	retries    int // after the first attempt; 0 = as many as time allows
+	on429      bool
+	on422      bool // /ingest only
+}
+
+// max422Retries bounds the retries of an answer that most often means a bad profile.
+const max422Retries = 2
+
+// more tells whether another attempt may follow attempt number n (the first is 0), which was answered with status.
+func (r *retryPolicy) more(n, status int) bool {
+	if status == http.StatusUnprocessableEntity && n >= max422Retries {
+		return false
+	}
+	return r.retries == 0 || n < r.retries
+}
+
+// attemptTime is how long attempt n may take with that much time left: at most three quarters of it while another
+// attempt is allowed, so that one dead connection cannot eat it all.
+func (r *retryPolicy) attemptTime(n int, left time.Duration) time.Duration {
+	if r.more(n, 0) {
+		left = left / 4 * 3
+	}
+	return min(r.timeout, left)
+}
+
+// delay is the wait after attempt n. It doubles from minBackoff to maxBackoff, with up to a quarter of jitter; the
+// upstream's own Retry-After, clamped to maxBackoff, can only lengthen it. random is in [0, 1).
+func (r *retryPolicy) delay(n int, retryAfter time.Duration, random float64) time.Duration {
+	base := r.maxBackoff
+	if n < 62 && r.minBackoff<<n>>n == r.minBackoff {
+		base = min(r.minBackoff<<n, r.maxBackoff)
+	}
+	base = min(base, r.maxBackoff/5*4) // leave room for the jitter under the maximum
+	jittered := base + time.Duration(random*float64(base)/4)
+	return max(jittered, min(retryAfter, r.maxBackoff))
+}
+
+// parseRetryAfter reads a Retry-After value (RFC 9110, section 10.2.3: seconds or a date); 0 if there is none, or none
+// that makes sense.
+func parseRetryAfter(value string, now time.Time) time.Duration {
+	if n, err := strconv.ParseUint(value, 10, 31); err == nil {
+		return time.Duration(n) * time.Second
+	}
+	if t, err := http.ParseTime(value); err == nil {
+		return max(0, t.Sub(now))
+	}
+	return 0
+}
+
+// verdict is what one answer means for the delivery.
+type verdict int
+
+const (
+	accepted  verdict = iota
+	transient         // try again
+	misplaced         // the address is wrong: no use to try again now, but someone will mend it
+	refused           // permanent
+)
+
+// An answer is what an upstream said, read whole.
+type answer struct {
+	status     int
+	mediaType  string // of Content-Type, without parameters
+	encoding   string // Content-Encoding
+	retryAfter string
+	body       []byte
+}
+
+// An outcome is one attempt or, after the last one, the whole delivery.
+type outcome struct {
+	verdict verdict
+	status  int // 0: no answer
+	fault   *fault
+	reply   reply
+	wait    time.Duration // the upstream's Retry-After
+	expired bool          // no answer in time
+}
+
+// errTooLong is an answer that does not end within maxAnswer.
+var errTooLong = errors.New("the answer is longer than 1 MiB")
+
+// judge says what one attempt came to: its answer, or err where there was none.
+func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
+	if err != nil {
+		return judgeError(err)
+	}
+	out := outcome{status: a.status, wait: parseRetryAfter(a.retryAfter, time.Now())}
+	words, own := a.words(p.route)
+	out.verdict = a.verdict(p, r, own)
+	if out.verdict == accepted {
+		out.reply = reply{body: a.body, encoding: a.encoding}
+		return out
+	}
+	out.fault = &fault{
+		status: ingestStatus(a.status), code: pushCode(a.status, own), public: words, transient: out.verdict != refused,
+		cause: fmt.Errorf("HTTP status %d, Content-Type %q", a.status, a.mediaType),
+	}
+	if a.status == http.StatusTooManyRequests || a.status == http.StatusServiceUnavailable {
+		out.fault.retryAfter = a.retryAfter
+	}
+	return out
+}
+
+// judgeError is the outcome of an attempt without an answer.
+func judgeError(err error) outcome {
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() || errors.Is(err, context.DeadlineExceeded) {
+		return outcome{verdict: transient, expired: true, fault: &fault{
+			status: http.StatusGatewayTimeout, code: codeDeadlineExceeded, public: "no answer in time", cause: err, transient: true,
+		}}
+	}
+	public := "could not be reached"
+	if errors.Is(err, errTooLong) {
+		public = "answered too much"
+	}
+	return outcome{verdict: transient, fault: &fault{
+		status: http.StatusBadGateway, code: codeUnavailable, public: public, cause: err, transient: true,
+	}}
+}
+
+// verdict sorts an answer. own is the Connect code it carries, if any.
+func (a *answer) verdict(p *payload, r *retryPolicy, own code) verdict {
+	switch s := a.status; {
+	case s/100 == 2 && p.route == routeIngest, s == http.StatusOK && a.mediaType == p.mediaType():
+		return accepted
+	case s/100 == 2 || s/100 == 3:
+		return misplaced // a login page, a moved server
+	case s == http.StatusNotImplemented || s == http.StatusLoopDetected:
+		return refused
+	case s >= 500 || s < 200 || s == http.StatusRequestTimeout || p.route == routePush && own == codeAborted:
+		return transient
+	case s == http.StatusTooManyRequests && r.on429, s == http.StatusUnprocessableEntity && r.on422 && p.route == routeIngest:
+		return transient
+	}
+	return refused
+}
+
+// mediaType is that of the payload's first Content-Type.
+func (p *payload) mediaType() string { return mediaType(p.header.Get("Content-Type")) }
+
+// mediaType is the type in a Content-Type value, in lower case and without parameters.
+func mediaType(contentType string) string {
+	if contentType == "application/proto" {
+		return contentType // nearly always
+	}
+	t, _, _ := mime.ParseMediaType(contentType)
+	return t
+}
+
+// ingestStatus is the answer on /ingest to an upstream's unsuccessful status.
+func ingestStatus(s int) int {
+	switch {
+	case s/100 == 4 && s != http.StatusRequestTimeout,
+		s == http.StatusNotImplemented, s == http.StatusServiceUnavailable, s == http.StatusLoopDetected:
+		return s
+	}
+	return http.StatusBadGateway
+}
+
+// pushCode is the answer on Push to an upstream's unsuccessful status; own is the Connect code that came with it.
+func pushCode(s int, own code) code {
+	switch {
+	case s == http.StatusTooManyRequests:
+		return codeResourceExhausted
+	case s == http.StatusNotImplemented:
+		return codeUnimplemented
+	case s == http.StatusLoopDetected:
+		return codeFailedPrecondition
+	case s/100 == 2 || s/100 == 3:
+		return codeUnavailable
+	case own != codeOK:
+		return own
+	case s == http.StatusUnauthorized:
+		return codeUnauthenticated
+	case s == http.StatusForbidden:
+		return codePermissionDenied
+	case s == http.StatusNotFound:
+		return codeUnimplemented
+	case s/100 == 4 && s != http.StatusRequestTimeout:
+		return codeInvalidArgument // so that no client retries it
+	}
+	return codeUnavailable
+}
+
+// words is what an unsuccessful answer says, as one printable line, and on Push its Connect code (codeOK: none).
+func (a *answer) words(route routeID) (string, code) {
+	text, own := string(a.body[:min(len(a.body), 4*maxWords)]), codeOK
+	if route == routePush && a.mediaType == "application/json" {
+		var e struct{ Code, Message string }
+		if json.Unmarshal(a.body, &e) == nil && codeByName(e.Code) != codeOK {
+			text, own = e.Message, codeByName(e.Code)
+		}
+	}
+	if a.encoding != "" && a.encoding != "identity" || a.status/100 == 2 || a.status/100 == 3 {
+		text = "" // not readable, or a page for browsers
+	}
+	text = oneLine(text)
+	if text == "" {
+		text = strings.TrimSpace(fmt.Sprintf("HTTP status %d %s", a.status, http.StatusText(a.status)))
+	}
+	return text, own
+}
+
+// oneLine makes a foreign text safe to print: one line of valid UTF-8, no control characters, at most maxWords bytes.
+func oneLine(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	s = strings.TrimSpace(s)
+	if len(s) > maxWords {
+		s = strings.ToValidUTF8(s[:maxWords], "")
+	}
+	return s
+}
+
+// merge makes one fault of those of several upstreams, in their order; nil where all are nil. A transient one wins over
+// a permanent one, so that a client that retries does; the text has a line for each.
+func merge(upstreams []*upstream, outs []outcome) *fault {
+	var worst *fault
+	var lines []string
+	for i, out := range outs {
+		if out.fault == nil {
+			continue
+		}
+		lines = append(lines, upstreams[i].public+": "+out.fault.public)
+		if worst == nil || out.fault.transient && !worst.transient {
+			worst = out.fault
+		}
+	}
+	if worst == nil {
+		return nil
+	}
+	merged := *worst
+	merged.public = strings.Join(lines, "\n")
+	return &merged
+}
+
+// An upstream is one server that gets a copy of everything. Safe for concurrent use.
+type upstream struct {
+	name     string // in metrics and logs
+	public   string // what clients hear it called
+	required bool
+	url      *url.URL    // nil: log every profile and accept it
+	header   http.Header // set on every request, over the payload's
+	retry    retryPolicy
+	client   atomic.Pointer[http.Transport]
+	metrics  *endpointMetrics
+	log      *slog.Logger
+	health   health
+	refusals throttle
+}
+
+// deliver offers p until the upstream takes it, refuses it, or retries or the time of ctx run out. It is the only
+// place that retries. It ends early when ctx is cancelled.
+func (u *upstream) deliver(ctx context.Context, p *payload) outcome {
+	start := time.Now()
+	defer func() { u.metrics.whole[p.route].observe(time.Since(start)) }()
+	for n := 0; ; n++ {
+		out := u.attempt(ctx, p, n)
+		wait := u.retry.delay(n, out.wait, rand.Float64())
+		if out.verdict != transient || !u.retry.more(n, out.status) || wait >= timeLeft(ctx) || !sleep(ctx, wait) {
+			return out
+		}
+		u.metrics.retries.Add(1)
+	}
+}
+
+// timeLeft is the time until ctx ends: a very long one if it has no deadline.
+func timeLeft(ctx context.Context) time.Duration {
+	if t, ok := ctx.Deadline(); ok {
+		return time.Until(t)
+	}
+	return 1<<63 - 1
+}
+
+// sleep waits for d and reports whether ctx was still alive at the end.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// attempt offers p once; n counts the attempts before this one.
+func (u *upstream) attempt(ctx context.Context, p *payload, n int) outcome {
+	start := time.Now()
+	defer func() { u.metrics.attempt[p.route].observe(time.Since(start)) }()
+	if u.url == nil {
+		return u.logProfile(p)
+	}
+	ctx, cancel := context.WithTimeout(ctx, u.retry.attemptTime(n, timeLeft(ctx)))
+	defer cancel()
+	client := u.client.Load()
+	a, err := u.exchange(ctx, client, p)
+	out := judge(p, a, err, &u.retry)
+	if err != nil {
+		u.renew(client)
+	}
+	if out.fault != nil {
+		u.log.Debug("attempt failed", "upstream", u.name, "attempt", n+1, "took", time.Since(start), "error", out.fault)
+	}
+	return out
+}
+
+// renew leaves the pooled connections of old behind, so that the next attempt dials: one of them may just have proved
+// dead, and HTTP/2 would go on sharing it. Exchanges under way are not disturbed.
+func (u *upstream) renew(old *http.Transport) {
+	if u.client.CompareAndSwap(old, old.Clone()) {
+		old.CloseIdleConnections()
+	}
+}
+
+// exchange sends p and reads the answer to its end. An answer counts only when it is whole, unless its status alone
+// says that it is a failure.
+func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payload) (*answer, error) {
+	resp, err := client.RoundTrip(u.request(ctx, p))
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err == nil && len(body) > maxAnswer {
+		err = errTooLong
+	}
+	if err != nil && resp.StatusCode/100 == 2 {
+		return nil, err
+	}
+	return &answer{
+		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")), encoding: resp.Header.Get("Content-Encoding"),
+		retryAfter: resp.Header.Get("Retry-After"), body: body,
+	}, nil
+}
+
+// request is p as it goes to this upstream.
+func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
+	target := *u.url
+	target.Path += p.path()
+	if target.RawPath != "" {
+		target.RawPath += p.path()
+	}
+	target.RawQuery = p.query
+	header := make(http.Header, len(p.header)+len(u.header)+1)
+	for name, values := range p.header {
+		header[name] = values
+	}
+	if header["User-Agent"] == nil {
+		header["User-Agent"] = []string{""} // or the transport would add its own
+	}
+	if p.timed {
+		left := time.Until(p.expires).Milliseconds()
+		header["Connect-Timeout-Ms"] = []string{strconv.FormatInt(max(1, left), 10)}
+	}
+	for name, values := range u.header {
+		header[name] = values
+	}
+	return (&http.Request{
+		Method: http.MethodPost, URL: &target, Host: cmp.Or(u.header.Get("Host"), u.url.Host), Header: header,
+		Body: io.NopCloser(bytes.NewReader(p.body)), ContentLength: int64(len(p.body)),
+		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(p.body)), nil },
+	}).WithContext(ctx)
+}
+
+// logProfile is the built-in upstream log: one line for each profile.
+func (u *upstream) logProfile(p *payload) outcome {
+	u.log.Info("profile", "route", p.route, "query", p.query, "content_type", p.header.Get("Content-Type"),
+		"bytes", len(p.body), "sha256", fmt.Sprintf("%x", sha256.Sum256(p.body)))
+	return outcome{verdict: accepted, status: http.StatusOK}
+}
+
+// newTransport makes the HTTP client of one upstream. It asks for no compression, follows nothing and uses no proxy
+// from the environment.
+func newTransport(r *retryPolicy) *http.Transport {
+	dialer := net.Dialer{Timeout: r.timeout}
+	return &http.Transport{
+		DialContext: dialer.DialContext, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
+		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream, MaxResponseHeaderBytes: maxAnswerHeader,
+	}
+}
+
+// settle counts what became of p at this upstream, once, and tells the person on call.
+func (u *upstream) settle(ctx context.Context, p *payload, out outcome) {
+	if out.verdict == accepted {
+		u.metrics.sent(len(p.body))
+		u.health.up(u)
+		return
+	}
+	reason := dropUnavailable
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		reason = dropAbandoned
+	case out.verdict != transient:
+		reason = dropRefused
+	case out.expired:
+		reason = dropDeadline
+	}
+	u.metrics.dropped(reason, len(p.body))
+	switch reason {
+	case dropRefused:
+		u.refusals.log(u.log, slog.LevelWarn, "upstream refused a profile", "upstream", u.name, "route", p.route, "status", out.status, "said", out.fault.public)
+	case dropDeadline, dropUnavailable:
+		u.health.down(u, out.fault)
+	}
+}
+
+// health keeps the log of an upstream's outages short: a line when one begins, one every quietFor while it lasts, one
+// when it is over. The zero value is an upstream that is up; safe for concurrent use.
+type health struct {
+	failing atomic.Bool // spares the lock while all is well
+	mu      sync.Mutex
+	since   time.Time // of this outage
+	next    time.Time // no line before this
+	lost    int       // profiles that failed in this outage
+	told    bool      // its beginning was logged
+}
+
+func (h *health) down(u *upstream, why *fault) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	if !h.failing.Load() {
+		h.since, h.lost, h.told = now, 0, false
+		h.failing.Store(true)
+	}
+	h.lost++
+	if now.Before(h.next) {
+		return
+	}
+	msg := "upstream is down"
+	if h.told {
+		msg = "upstream is still down"
+	}
+	u.log.Warn(msg, "upstream", u.name, "failed", h.lost, "for", now.Sub(h.since).Round(time.Millisecond), "error", why)
+	h.told, h.next = true, now.Add(quietFor)
+}
+
+func (h *health) up(u *upstream) {
+	if !h.failing.Load() {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.failing.Swap(false) && h.told {
+		u.log.Info("upstream is back", "upstream", u.name, "failed", h.lost, "for", time.Since(h.since).Round(time.Millisecond))
+	}
+}
+
+// A fanout copies payloads to all upstreams. Safe for concurrent use.
+type fanout struct {
+	required, mirrors []*upstream
+
+	mirrorRoom int64 // bytes of bodies that mirrors may hold
+	mirrorHeld atomic.Int64
+	running    sync.WaitGroup // mirror deliveries, which outlive their requests
+}
+
+// send offers p to every upstream and returns when every required one has accepted it, or has failed for good, or
+// p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own is given up, all
+// else is delivered all the same. The caller keeps its own hold on p.
+func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
+	f.mirror(ctx, p)
+	if !p.timed {
+		ctx = context.WithoutCancel(ctx)
+	}
+	ctx, cancel := context.WithDeadline(ctx, p.expires)
+	defer cancel()
+	outs := make([]outcome, len(f.required))
+	one := func(i int) {
+		outs[i] = f.required[i].deliver(ctx, p)
+		f.required[i].settle(ctx, p, outs[i])
+	}
+	var others sync.WaitGroup
+	for i := 1; i < len(outs); i++ {
+		others.Go(func() { one(i) })
+	}
+	if len(outs) == 0 {
+		return reply{}, nil
+	}
+	one(0)
+	others.Wait()
+	return outs[0].reply, merge(f.required, outs)
+}
+
+// mirror starts the deliveries that no client waits for, if they have room for the body.
+func (f *fanout) mirror(ctx context.Context, p *payload) {
+	if len(f.mirrors) == 0 {
+		return
+	}
+	charge := max(int64(len(p.body)), minMirrorCharge)
+	if f.mirrorHeld.Add(charge) > f.mirrorRoom {
+		f.mirrorHeld.Add(-charge)
+		for _, u := range f.mirrors {
+			u.metrics.dropped(dropBacklog, len(p.body))
+			u.refusals.log(u.log, slog.LevelWarn, "mirror is too slow: its copy was dropped", "upstream", u.name)
+		}
+		return
+	}
+	var left atomic.Int32
+	left.Store(int32(len(f.mirrors)))
+	p.hold()
+	for _, u := range f.mirrors {
+		f.running.Go(func() {
+			ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), p.expires)
+			defer cancel()
+			u.settle(ctx, p, u.deliver(ctx, p))
+			if left.Add(-1) == 0 {
+				f.mirrorHeld.Add(-charge)
+				p.release()
+			}
+		})
+	}
+}
+
+// wait returns once no mirror is being delivered to, or with false when ctx ends first. No send may be under way.
+func (f *fanout) wait(ctx context.Context) bool {
+	done := make(chan struct{})
+	go func() {
+		f.running.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,3 @@
+module pyroscope-relay
+
+go 1.26

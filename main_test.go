@@ -1,0 +1,38 @@
+package main
+
+import (
+	"bytes"
+	"net/http"
+	"testing"
+)
+
+// The main job: every real client's request arrives at two upstreams, unchanged.
+func TestRealRequestsArriveUnchanged(t *testing.T) {
+	t.Parallel()
+	for _, name := range captures(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a, b := newPeer(t, nil), newPeer(t, nil)
+			relay := start(t, "-upstream", a.URL, "-upstream", b.URL)
+			raw := capture(t, name)
+			resp := sendRaw(t, relay.addr, raw)
+			if resp.StatusCode != http.StatusOK {
+				t.Fatalf("status %d: %s", resp.StatusCode, resp.body)
+			}
+			sent, body := parseRequest(t, raw)
+			if bytes.HasPrefix([]byte(sent.Header.Get("Content-Type")), []byte("application/grpc")) {
+				body = body[envelopePrefix:]
+			}
+			for _, p := range []*peer{a, b} {
+				got := p.one(t)
+				if !bytes.Equal(got.body, body) {
+					t.Errorf("body changed: %d bytes sent, %d arrived", len(body), len(got.body))
+				}
+				if got.method != http.MethodPost {
+					t.Errorf("method %s", got.method)
+				}
+			}
+			relay.stop(t)
+		})
+	}
+}

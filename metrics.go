@@ -1,0 +1,371 @@
+package main
+
+// What the person on call sees: every counter, in one struct, shown twice on the admin port (expvar JSON and
+// Prometheus text) from the same values; and the logger that keeps a flood of one warning readable.
+//
+// Nothing registers itself globally, label values are fixed at start, and nothing here waits: an increment is one
+// atomic addition on the line of the decision it counts.
+
+import (
+	"context"
+	"expvar"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"runtime/debug"
+	runtimemetrics "runtime/metrics"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// routeID says which door a request came in by. It is the value of the route label.
+type routeID int
+
+const (
+	routeIngest routeID = iota
+	routePush
+	routeReady
+	routeOther
+	routes // how many there are
+)
+
+func (r routeID) String() string {
+	return [routes]string{"ingest", "push", "ready", "other"}[r]
+}
+
+// Reasons of pyroscope_receive_http_rejected_total: why the relay itself turned a request away.
+const (
+	rejectBodySize    = "body_size"
+	rejectBodyRead    = "body_read"
+	rejectInflight    = "inflight"
+	rejectTenant      = "tenant"
+	rejectProtocol    = "protocol"
+	rejectCrossOrigin = "cross_origin"
+	rejectLoop        = "loop"
+)
+
+func rejectReasons() []string {
+	return []string{rejectBodySize, rejectBodyRead, rejectInflight, rejectTenant, rejectProtocol, rejectCrossOrigin, rejectLoop}
+}
+
+// Reasons of pyroscope_write_dropped_*_total: why one upstream did not get a profile that the relay had accepted.
+const (
+	dropRefused     = "refused"        // a permanent answer
+	dropUnavailable = "unavailable"    // retries ran out
+	dropDeadline    = "deadline"       // time ran out
+	dropAbandoned   = "abandoned"      // the client gave up
+	dropBacklog     = "mirror_backlog" // mirrors held all the memory they may
+	dropShutdown    = "shutdown"       // the relay was stopped before it was done
+)
+
+func dropReasons() []string {
+	return []string{dropRefused, dropUnavailable, dropDeadline, dropAbandoned, dropBacklog, dropShutdown}
+}
+
+// A family is one metric name: its series share help text and kind.
+type family struct {
+	name, help, kind string
+	series           *expvar.Map // label text -> value; the one key "" where there are no labels
+}
+
+// metrics holds every number the relay keeps. All methods and fields are safe for concurrent use; the set of
+// families is complete once newMetrics and the endpoint calls made at start have returned.
+type metrics struct {
+	families []family
+
+	connections, connectionsLimit, reclaimed, limitWaits *expvar.Int
+	inflightRequests, inflightBytes                      *expvar.Int
+
+	requests     *expvar.Map // by route and code
+	requestBytes [routes]*expvar.Int
+	rejected     map[string]*expvar.Int // by reason; read-only after start
+
+	sentBytes, sentRequests, droppedBytes, droppedRequests, retries, latency *expvar.Map
+}
+
+func newMetrics() *metrics {
+	m := &metrics{rejected: map[string]*expvar.Int{}}
+	m.connections = m.number("pyroscope_receive_http_tcp_connections", "Client connections that hold a slot.", "gauge")
+	m.connectionsLimit = m.number("pyroscope_receive_http_tcp_connections_limit", "Most client connections at once; 0 = no limit.", "gauge")
+	m.reclaimed = m.number("pyroscope_receive_http_tcp_connections_reclaimed_total", "Idle client connections closed to make room for another.", "counter")
+	m.limitWaits = m.number("pyroscope_receive_http_tcp_connections_limit_waits_total", "Client connections that found no free slot and had to wait.", "counter")
+	m.requests = m.family("pyroscope_receive_http_requests_total", "Requests answered, by route and HTTP status or grpc-N.", "counter")
+	bytes := m.family("pyroscope_receive_http_request_bytes_total", "Request body bytes read from clients.", "counter")
+	for r := range routes {
+		m.requestBytes[r] = add(bytes, label("route", r.String()))
+	}
+	for _, r := range []routeID{routeIngest, routePush} {
+		m.requests.Add(requestLabels(r, "200"), 0)
+	}
+	m.inflightRequests = m.number("pyroscope_receive_http_inflight_requests", "Requests being served.", "gauge")
+	m.inflightBytes = m.number("pyroscope_receive_http_inflight_bytes", "Request body bytes held in memory.", "gauge")
+	rejected := m.family("pyroscope_receive_http_rejected_total", "Requests the relay itself turned away, by reason.", "counter")
+	for _, reason := range rejectReasons() {
+		m.rejected[reason] = add(rejected, label("reason", reason))
+	}
+	m.sentBytes = m.family("pyroscope_write_sent_bytes_total", "Body bytes an upstream accepted.", "counter")
+	m.sentRequests = m.family("pyroscope_write_sent_requests_total", "Profiles an upstream accepted.", "counter")
+	m.droppedBytes = m.family("pyroscope_write_dropped_bytes_total", "Body bytes an upstream did not get, by reason.", "counter")
+	m.droppedRequests = m.family("pyroscope_write_dropped_requests_total", "Profiles an upstream did not get, by reason.", "counter")
+	m.retries = m.family("pyroscope_write_retries_total", "Attempts after the first one.", "counter")
+	m.latency = m.family("pyroscope_write_latency", "Seconds for one attempt (_downstream) or all of them (_endpoint).", "histogram")
+	m.buildInfo()
+	m.runtimeGauges()
+	return m
+}
+
+// family declares a metric with labels; its series are added to the map that is returned.
+func (m *metrics) family(name, help, kind string) *expvar.Map {
+	f := family{name: name, help: help, kind: kind, series: new(expvar.Map).Init()}
+	m.families = append(m.families, f)
+	return f.series
+}
+
+// number declares a metric without labels.
+func (m *metrics) number(name, help, kind string) *expvar.Int {
+	return add(m.family(name, help, kind), "")
+}
+
+// gauge declares a metric without labels whose value is worked out when somebody looks.
+func (m *metrics) gauge(name, help string, value func() any) {
+	m.family(name, help, "gauge").Set("", expvar.Func(value))
+}
+
+func add(series *expvar.Map, labels string) *expvar.Int {
+	v := new(expvar.Int)
+	series.Set(labels, v)
+	return v
+}
+
+// label writes one label in the Prometheus text format, which escapes backslash, quote and newline.
+func label(name, value string) string {
+	return name + `="` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(value) + `"`
+}
+
+func requestLabels(r routeID, code string) string {
+	return `route="` + r.String() + `",code="` + code + `"`
+}
+
+// request counts one answered request. code is an HTTP status or "grpc-" and a gRPC status number.
+func (m *metrics) request(r routeID, code string) {
+	m.requests.Add(requestLabels(r, code), 1)
+}
+
+// buildInfo declares the gauge that says which build runs here.
+func (m *metrics) buildInfo() {
+	b := readBuild()
+	add(m.family("pyroscope_relay_build_info", "Always 1; the labels say which build this is.", "gauge"),
+		label("version", b.version)+","+label("goversion", b.goVersion)+","+label("revision", b.revision)).Set(1)
+}
+
+func (m *metrics) runtimeGauges() {
+	for _, g := range []struct{ name, help, sample string }{
+		{"go_goroutines", "Goroutines.", "/sched/goroutines:goroutines"},
+		{"go_memory_classes_heap_objects_bytes", "Bytes of live and not yet swept heap objects.", "/memory/classes/heap/objects:bytes"},
+		{"go_memory_classes_total_bytes", "All bytes the Go runtime mapped.", "/memory/classes/total:bytes"},
+		{"go_gc_cycles_total_gc_cycles", "Completed garbage collections.", "/gc/cycles/total:gc-cycles"},
+	} {
+		m.gauge(g.name, g.help, func() any {
+			s := []runtimemetrics.Sample{{Name: g.sample}}
+			runtimemetrics.Read(s)
+			return s[0].Value.Uint64()
+		})
+	}
+}
+
+// endpointMetrics are the counters of one upstream.
+type endpointMetrics struct {
+	sentBytes, sentRequests, retries *expvar.Int
+	droppedBytes, droppedRequests    map[string]*expvar.Int // by reason; read-only
+	attempt, whole                   [2]*histogram          // by routeIngest, routePush
+}
+
+// endpoint declares the series of one upstream. Call it at start only, once for each name.
+func (m *metrics) endpoint(name string) *endpointMetrics {
+	l := label("endpoint", name)
+	e := &endpointMetrics{
+		sentBytes: add(m.sentBytes, l), sentRequests: add(m.sentRequests, l), retries: add(m.retries, l),
+		droppedBytes: map[string]*expvar.Int{}, droppedRequests: map[string]*expvar.Int{},
+	}
+	for _, reason := range dropReasons() {
+		e.droppedBytes[reason] = add(m.droppedBytes, l+","+label("reason", reason))
+		e.droppedRequests[reason] = add(m.droppedRequests, l+","+label("reason", reason))
+	}
+	for _, r := range []routeID{routeIngest, routePush} {
+		e.attempt[r], e.whole[r] = new(histogram), new(histogram)
+		m.latency.Set(l+","+label("type", r.String()+"_downstream"), e.attempt[r])
+		m.latency.Set(l+","+label("type", r.String()+"_endpoint"), e.whole[r])
+	}
+	return e
+}
+
+func (e *endpointMetrics) sent(bytes int) {
+	e.sentRequests.Add(1)
+	e.sentBytes.Add(int64(bytes))
+}
+
+func (e *endpointMetrics) dropped(reason string, bytes int) {
+	e.droppedRequests[reason].Add(1)
+	e.droppedBytes[reason].Add(int64(bytes))
+}
+
+const bucketCount = 12
+
+// bounds are the upper limits of the latency buckets, in seconds.
+func bounds() [bucketCount]float64 {
+	return [...]float64{0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10}
+}
+
+// A histogram counts durations in buckets. The zero value is ready; safe for concurrent use.
+type histogram struct {
+	buckets [bucketCount + 1]atomic.Int64 // each for itself; the last is everything above
+	nanos   atomic.Int64
+}
+
+func (h *histogram) observe(d time.Duration) {
+	i := 0
+	for _, limit := range bounds() {
+		if d.Seconds() > limit {
+			i++
+		}
+	}
+	h.buckets[i].Add(1)
+	h.nanos.Add(int64(d))
+}
+
+// each calls f for every bucket with its upper limit as text and the count up to it; then returns count and sum.
+func (h *histogram) each(f func(le string, n int64)) (count int64, sum float64) {
+	for i := range h.buckets {
+		count += h.buckets[i].Load()
+		le := "+Inf"
+		if i < bucketCount {
+			le = strconv.FormatFloat(bounds()[i], 'g', -1, 64)
+		}
+		f(le, count)
+	}
+	return count, time.Duration(h.nanos.Load()).Seconds()
+}
+
+// String is the JSON form, as [expvar.Var] asks.
+func (h *histogram) String() string {
+	var buckets []string
+	count, sum := h.each(func(le string, n int64) { buckets = append(buckets, fmt.Sprintf("%q: %d", le, n)) })
+	return fmt.Sprintf(`{"count": %d, "sum": %g, "buckets": {%s}}`, count, sum, strings.Join(buckets, ", "))
+}
+
+func (h *histogram) text(w io.Writer, name, labels string) {
+	count, sum := h.each(func(le string, n int64) {
+		fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", name, labels, le, n)
+	})
+	fmt.Fprintf(w, "%s_sum{%s} %g\n%s_count{%s} %d\n", name, labels, sum, name, labels, count)
+}
+
+// writeText writes all metrics in the Prometheus text exposition format, version 0.0.4.
+func (m *metrics) writeText(w io.Writer) {
+	for _, f := range m.families {
+		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", f.name, f.help, f.name, f.kind)
+		f.series.Do(func(kv expvar.KeyValue) {
+			if h, ok := kv.Value.(*histogram); ok {
+				h.text(w, f.name, kv.Key)
+			} else if kv.Key == "" {
+				fmt.Fprintf(w, "%s %s\n", f.name, kv.Value)
+			} else {
+				fmt.Fprintf(w, "%s{%s} %s\n", f.name, kv.Key, kv.Value)
+			}
+		})
+	}
+}
+
+// writeJSON writes all metrics as one JSON object, the way /debug/vars of package expvar does.
+func (m *metrics) writeJSON(w io.Writer) {
+	all := new(expvar.Map).Init()
+	for _, f := range m.families {
+		if v := f.series.Get(""); v != nil {
+			all.Set(f.name, v)
+		} else {
+			all.Set(f.name, f.series)
+		}
+	}
+	fmt.Fprintln(w, all)
+}
+
+// adminHandler serves /metrics, /debug/vars and /ready, and nothing else. ready is asked at each request.
+func (m *metrics) adminHandler(ready func() bool) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		m.writeText(w)
+	})
+	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json; charset=utf-8")
+		m.writeJSON(w)
+	})
+	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) { writeReady(w, ready()) })
+	return mux
+}
+
+// writeReady is the answer of /ready on both ports; it returns the status.
+func writeReady(w http.ResponseWriter, ready bool) int {
+	status, text := http.StatusOK, "ready"
+	if !ready {
+		status, text = http.StatusServiceUnavailable, "draining"
+	}
+	writeText(w, status, text)
+	return status
+}
+
+// writeText answers with a few plain words. X-Content-Type-Options keeps a browser from seeing markup in them.
+func writeText(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
+	w.WriteHeader(status)
+	io.WriteString(w, text)
+}
+
+// build says which build of the relay this is, as far as the Go toolchain recorded it.
+type build struct{ version, goVersion, revision string }
+
+func readBuild() build {
+	b := build{version: "unknown", revision: "unknown"}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return b
+	}
+	b.version, b.goVersion = info.Main.Version, info.GoVersion
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			b.revision = s.Value
+		}
+	}
+	return b
+}
+
+// quietFor is how often one kind of warning is logged at most.
+const quietFor = 10 * time.Second
+
+// A throttle lets one log line through in every quietFor and counts the others. The zero value is ready; safe for
+// concurrent use.
+type throttle struct {
+	mu     sync.Mutex
+	next   time.Time
+	missed int
+}
+
+// log writes the line, with the number of those it swallowed since the last one as "unlogged".
+func (t *throttle) log(l *slog.Logger, level slog.Level, msg string, args ...any) {
+	t.mu.Lock()
+	now, missed := time.Now(), t.missed
+	if now.Before(t.next) {
+		t.missed++
+		t.mu.Unlock()
+		return
+	}
+	t.next, t.missed = now.Add(quietFor), 0
+	t.mu.Unlock()
+	l.Log(context.Background(), level, msg, append(args, "unlogged", missed)...)
+}
