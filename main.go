@@ -587,11 +587,19 @@ func (c *config) printUsage(w io.Writer) {
 }
 
 func newLogger(w io.Writer, c *config) *slog.Logger {
-	options := &slog.HandlerOptions{Level: c.level}
+	options := &slog.HandlerOptions{Level: c.level, ReplaceAttr: printable}
 	if c.logFormat == "json" {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// printable makes durations, addresses and the like read the same in JSON as in logfmt.
+func printable(_ []string, a slog.Attr) slog.Attr {
+	if v, ok := a.Value.Any().(fmt.Stringer); ok && a.Value.Kind() != slog.KindTime {
+		a.Value = slog.StringValue(v.String())
+	}
+	return a
 }
 
 // A relay is the running program.

@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"net"
 	"net/http"
+	"strings"
 	"testing"
+	"time"
 )
 
 // The main job: every real client's request arrives at two upstreams, unchanged.
@@ -34,5 +37,16 @@ func TestRealRequestsArriveUnchanged(t *testing.T) {
 			}
 			relay.stop(t)
 		})
+	}
+}
+
+func TestJSONLogsReadLikeLogfmt(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	newLogger(&out, &config{logFormat: "json"}).Info("x", "route", routePush, "took", 1500*time.Millisecond, "addr", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 80})
+	for _, want := range []string{`"level":"INFO"`, `"route":"push"`, `"took":"1.5s"`, `"addr":"127.0.0.1:80"`, `"time":"20`} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%s is missing in %s", want, out.String())
+		}
 	}
 }
