@@ -166,11 +166,11 @@ func TestFaultsInTheEnvironment(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	t.Parallel()
-	for _, arg := range []string{"-h", "--help"} {
+	for _, args := range [][]string{{"-h"}, {"-conn-limit", "7", "--help"}} {
 		p, code := runProgram(t, []string{
 			"PYROSCOPE_RELAY_UPSTREAM=http://u:" + secret + "@a.example", "PYROSCOPE_RELAY_TLS_KEY_PEM=" + secret,
 			"PYROSCOPE_RELAY_CONN_LIMIT=" + secret,
-		}, arg)
+		}, args...)
 		out := p.stdout.String()
 		if code != exitOK || p.stderr.String() != "" || strings.Contains(out, secret) {
 			t.Errorf("exit code %d:\n%s%s", code, out, p.stderr.String())
