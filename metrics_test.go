@@ -249,12 +249,19 @@ func must[T any](v T, err error) T {
 	return v
 }
 
+// everyMetric has all families that the relay can show, with the series of these upstreams.
+func everyMetric(endpoints ...string) *metrics {
+	m := newMetrics()
+	for _, name := range endpoints {
+		m.endpoint(name)
+	}
+	return m
+}
+
 // Every label value that is not a status is there from the start, at zero: an alert on a rate needs it.
 func TestSeriesAreThereFromTheStart(t *testing.T) {
 	t.Parallel()
-	m := newMetrics()
-	m.endpoint("a")
-	m.endpoint("b")
+	m := everyMetric("a", "b")
 	have := map[string]bool{}
 	for _, f := range expose(t, textOf(m)) {
 		if len(f.samples) == 0 {
@@ -328,8 +335,7 @@ func labelNames(labels string) (names []string) {
 func TestReadmeListsTheMetrics(t *testing.T) {
 	t.Parallel()
 	rows := table(t, "### Metrics")
-	m := newMetrics()
-	m.endpoint("a")
+	m := everyMetric("a")
 	var names []string
 	for _, f := range expose(t, textOf(m)) {
 		names = append(names, f.name)
