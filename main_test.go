@@ -49,8 +49,8 @@ func TestRealRequestsArriveUnchanged(t *testing.T) {
 	}
 }
 
-// secret stands for a password in the tests below: nothing the program prints may contain it.
-const secret = "hunter2hunter2"
+// planted stands for a password in the tests below: nothing the program prints may contain it.
+const planted = "hunter2hunter2"
 
 // parse reads a command line with log: as its upstream.
 func parse(t testing.TB, args ...string) *config {
@@ -69,7 +69,7 @@ func faultsOf(t testing.TB, args ...string) []string {
 	if err == nil {
 		t.Fatalf("%q was accepted", args)
 	}
-	if strings.Contains(err.Error(), secret) {
+	if strings.Contains(err.Error(), planted) {
 		t.Errorf("%q: a secret was repeated: %v", args, err)
 	}
 	return strings.Split(err.Error(), "\n")
@@ -144,7 +144,7 @@ func TestFaultsInTheEnvironment(t *testing.T) {
 	t.Parallel()
 	for variable, value := range map[string]string{
 		"CONN_LIMIT": "abc", "LISTEN_PORT": "65536", "LOG_LEVEL": "loud", "MAX_BODY_SIZE": "1GiB", "RETRY_ON_HTTP_422": "maybe",
-		"UPSTREAM": "log:\nhttp://user:" + secret + "@a.example", "FORWARD_HEADER": "Via", "DELIVERY_TIMEOUT": "30s",
+		"UPSTREAM": "log:\nhttp://user:" + planted + "@a.example", "FORWARD_HEADER": "Via", "DELIVERY_TIMEOUT": "30s",
 		"MIN_BACKOFF_PERIOD": "6m", "ADMIN_ADDRESS": "8081", "REMOTE_TIMEOUT": "",
 	} {
 		t.Run(variable, func(t *testing.T) {
@@ -157,7 +157,7 @@ func TestFaultsInTheEnvironment(t *testing.T) {
 			p, code := runProgram(t, []string{name + "=" + value}, args...)
 			errs := p.stderr.String()
 			dashed := "-" + strings.ToLower(strings.ReplaceAll(variable, "_", "-"))
-			if code != exitUsage || strings.Count(errs, name) != 1 || !strings.Contains(errs, dashed) || strings.Contains(errs, secret) {
+			if code != exitUsage || strings.Count(errs, name) != 1 || !strings.Contains(errs, dashed) || strings.Contains(errs, planted) {
 				t.Errorf("exit code %d: %s", code, errs)
 			}
 		})
@@ -168,11 +168,11 @@ func TestHelp(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{{"-h"}, {"-conn-limit", "7", "--help"}} {
 		p, code := runProgram(t, []string{
-			"PYROSCOPE_RELAY_UPSTREAM=http://u:" + secret + "@a.example", "PYROSCOPE_RELAY_TLS_KEY_PEM=" + secret,
-			"PYROSCOPE_RELAY_CONN_LIMIT=" + secret,
+			"PYROSCOPE_RELAY_UPSTREAM=http://u:" + planted + "@a.example", "PYROSCOPE_RELAY_TLS_KEY_PEM=" + planted,
+			"PYROSCOPE_RELAY_CONN_LIMIT=" + planted,
 		}, args...)
 		out := p.stdout.String()
-		if code != exitOK || p.stderr.String() != "" || strings.Contains(out, secret) {
+		if code != exitOK || p.stderr.String() != "" || strings.Contains(out, planted) {
 			t.Errorf("exit code %d:\n%s%s", code, out, p.stderr.String())
 		}
 		headings := 0
@@ -395,46 +395,46 @@ func TestUpstreamSyntax(t *testing.T) {
 func TestUpstreamFaults(t *testing.T) {
 	t.Parallel()
 	for spec, want := range map[string]string{
-		"":                                                 "CSV",
-		"a.example:4040":                                   "URL",
-		"ftp://a.example":                                  "http://",
-		"http://":                                          "host",
-		"http://:4040":                                     "host",
-		"http://a:99999":                                   "port",
-		"http://a b":                                       "URL",
-		"http://user:" + secret + "@a.example":             "user",
-		"http://" + secret + "@a.example":                  "user",
-		"http://a?token=" + secret:                         "query",
-		"http://a?":                                        "query",
-		"http://a#" + secret:                               "fragment",
-		"http://a#":                                        "fragment",
-		"http://a," + secret:                               "option number 1",
-		"http://a,name=x," + secret + "=1":                 "option number 2",
-		"http://a,":                                        "option number 1",
-		"http://a, name=x":                                 "option number 1",
-		"http://a,NAME=x":                                  "option number 1",
-		"http://a,password=" + secret:                      "option number 1",
-		"http://a,name=":                                   "option name",
-		"http://a,\"name=x\ny\"":                           "option name",
-		"http://a,name=x,name=y":                           "option name is given twice",
-		"http://a,required=" + secret:                      "option required",
-		"http://a,remote-timeout=" + secret:                "option remote-timeout",
-		"http://a,remote-timeout=-1s":                      "option remote-timeout",
-		"http://a,remote-timeout=0s":                       "remote-timeout",
-		"http://a,max-backoff-retries=-1":                  "option max-backoff-retries",
-		"http://a,max-backoff-period=1ms":                  "max-backoff-period",
-		"http://a,retry-on-http-429=" + secret:             "option retry-on-http-429",
-		"http://a,header=" + secret:                        "option header",
-		"http://a,header=Bearer " + secret + ":x":          "option header",
-		"http://a,header=: " + secret:                      "option header",
-		"http://a,header=Content-Length: 1":                "Content-Length",
-		"http://a,\"header=X-A: " + secret + "\x01\"":      "control character",
-		"http://a,\"header=X-A: " + secret + "\r\nX-B:1\"": "control character",
-		"http://a,\"header=X-A: " + secret:                 "CSV",
-		"http://a,header=X-A: \"" + secret + "\"":          "CSV",
-		"http://a\nhttp://" + secret:                       "more than one line",
-		"log:,header=X-A: 1":                               "log:",
-		"log:,remote-timeout=1s":                           "log:",
+		"":                                                  "CSV",
+		"a.example:4040":                                    "URL",
+		"ftp://a.example":                                   "http://",
+		"http://":                                           "host",
+		"http://:4040":                                      "host",
+		"http://a:99999":                                    "port",
+		"http://a b":                                        "URL",
+		"http://user:" + planted + "@a.example":             "user",
+		"http://" + planted + "@a.example":                  "user",
+		"http://a?token=" + planted:                         "query",
+		"http://a?":                                         "query",
+		"http://a#" + planted:                               "fragment",
+		"http://a#":                                         "fragment",
+		"http://a," + planted:                               "option number 1",
+		"http://a,name=x," + planted + "=1":                 "option number 2",
+		"http://a,":                                         "option number 1",
+		"http://a, name=x":                                  "option number 1",
+		"http://a,NAME=x":                                   "option number 1",
+		"http://a,password=" + planted:                      "option number 1",
+		"http://a,name=":                                    "option name",
+		"http://a,\"name=x\ny\"":                            "option name",
+		"http://a,name=x,name=y":                            "option name is given twice",
+		"http://a,required=" + planted:                      "option required",
+		"http://a,remote-timeout=" + planted:                "option remote-timeout",
+		"http://a,remote-timeout=-1s":                       "option remote-timeout",
+		"http://a,remote-timeout=0s":                        "remote-timeout",
+		"http://a,max-backoff-retries=-1":                   "option max-backoff-retries",
+		"http://a,max-backoff-period=1ms":                   "max-backoff-period",
+		"http://a,retry-on-http-429=" + planted:             "option retry-on-http-429",
+		"http://a,header=" + planted:                        "option header",
+		"http://a,header=Bearer " + planted + ":x":          "option header",
+		"http://a,header=: " + planted:                      "option header",
+		"http://a,header=Content-Length: 1":                 "Content-Length",
+		"http://a,\"header=X-A: " + planted + "\x01\"":      "control character",
+		"http://a,\"header=X-A: " + planted + "\r\nX-B:1\"": "control character",
+		"http://a,\"header=X-A: " + planted:                 "CSV",
+		"http://a,header=X-A: \"" + planted + "\"":          "CSV",
+		"http://a\nhttp://" + planted:                       "more than one line",
+		"log:,header=X-A: 1":                                "log:",
+		"log:,remote-timeout=1s":                            "log:",
 	} {
 		got := faultsOf(t, "-upstream", "http://first.example", "-upstream", spec)
 		if len(got) != 1 || !strings.HasPrefix(got[0], "-upstream number 2: ") || !strings.Contains(got[0], want) {
@@ -461,9 +461,9 @@ func FuzzParseUpstream(f *testing.F) {
 		f.Add(seed+",", "=1")
 	}
 	f.Fuzz(func(t *testing.T, before, after string) {
-		u, err := parseUpstream(before+secret+after, defaults().retry)
+		u, err := parseUpstream(before+planted+after, defaults().retry)
 		if err != nil {
-			if strings.Contains(err.Error(), secret) {
+			if strings.Contains(err.Error(), planted) {
 				t.Fatalf("a secret was repeated: %v", err)
 			}
 			return
