@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
@@ -120,6 +121,34 @@ func byteUnits() []byteUnit {
 	return []byteUnit{{"GiB", gib}, {"MiB", mib}, {"KiB", kib}, {"GB", 1e9}, {"MB", 1e6}, {"KB", 1e3}}
 }
 
+// count is a flag value: a whole number from 0.
+type count int
+
+func (n *count) String() string { return strconv.Itoa(int(*n)) }
+
+func (n *count) Set(s string) error {
+	v, err := strconv.Atoi(s)
+	if err != nil || v < 0 {
+		return errors.New("want a whole number from 0")
+	}
+	*n = count(v)
+	return nil
+}
+
+// period is a flag value: a duration that is not negative.
+type period time.Duration
+
+func (d *period) String() string { return time.Duration(*d).String() }
+
+func (d *period) Set(s string) error {
+	v, err := time.ParseDuration(s)
+	if err != nil || v < 0 {
+		return errors.New("want a time from 0, such as 500ms, 30s or 5m")
+	}
+	*d = period(v)
+	return nil
+}
+
 // lines is a flag that may be given several times; in the environment it holds one value a line.
 type lines []string
 
@@ -142,6 +171,7 @@ type config struct {
 	check, version                                   bool
 
 	flags     *flag.FlagSet
+	variables map[string]string // by flag: the variable that gave it
 	upstreams []upstreamConfig
 	forward   []string // canonical header names
 	level     slog.Level
@@ -212,11 +242,11 @@ func parseConfig(args []string) (*config, error) {
 		case *string:
 			c.flags.StringVar(v, o.name, *v, o.usage)
 		case *int:
-			c.flags.IntVar(v, o.name, *v, o.usage)
+			c.flags.Var((*count)(v), o.name, o.usage)
 		case *bool:
 			c.flags.BoolVar(v, o.name, *v, o.usage)
 		case *time.Duration:
-			c.flags.DurationVar(v, o.name, *v, o.usage)
+			c.flags.Var((*period)(v), o.name, o.usage)
 		case flag.Value:
 			c.flags.Var(v, o.name, o.usage)
 		}
@@ -225,7 +255,7 @@ func parseConfig(args []string) (*config, error) {
 	if errors.Is(err, flag.ErrHelp) {
 		return c, err
 	}
-	return c, errors.Join(err, c.readEnvironment(), c.validate())
+	return c, c.blame(errors.Join(err, c.readEnvironment(), c.validate()))
 }
 
 // readArgs parses all of args, going on after each fault so that all of them are reported.
@@ -241,7 +271,7 @@ func (c *config) readArgs(args []string) error {
 			return errors.Join(faults...)
 		}
 		if err == nil {
-			err = fmt.Errorf("%q is not a flag: values follow their flag, as in -listen-port 8080", rest[0])
+			err = fmt.Errorf("%q is not a flag, nor the value of one", rest[0])
 			rest = rest[1:]
 		} else if len(rest) == len(args) {
 			rest = rest[1:] // a flag that cannot even be taken apart stays in place
@@ -252,6 +282,7 @@ func (c *config) readArgs(args []string) error {
 
 // readEnvironment sets the flags that were not given from their variables.
 func (c *config) readEnvironment() error {
+	c.variables = map[string]string{}
 	given := map[string]bool{}
 	c.flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	var faults []error
@@ -261,17 +292,39 @@ func (c *config) readEnvironment() error {
 		if !ok || given[f.Name] {
 			return
 		}
+		c.variables[f.Name] = name
 		values := []string{value}
 		if _, several := f.Value.(*lines); several {
-			values = strings.FieldsFunc(value, func(r rune) bool { return r == '\n' || r == '\r' })
+			values = nil
+			for line := range strings.Lines(value) {
+				if line = strings.TrimSpace(line); line != "" {
+					values = append(values, line)
+				}
+			}
 		}
 		for _, v := range values {
 			if err := c.flags.Set(f.Name, v); err != nil {
-				faults = append(faults, fmt.Errorf("%s (for -%s): %w", name, f.Name, err))
+				faults = append(faults, fmt.Errorf("-%s: %w", f.Name, err))
 			}
 		}
 	})
 	return errors.Join(faults...)
+}
+
+// blame adds to each line of err the variables that gave the flags it names.
+func (c *config) blame(err error) error {
+	if err == nil {
+		return nil
+	}
+	faults := strings.Split(err.Error(), "\n")
+	for i, fault := range faults {
+		for word := range strings.FieldsFuncSeq(fault, func(r rune) bool { return strings.ContainsRune(" :,()", r) }) {
+			if name, ok := c.variables[strings.TrimPrefix(word, "-")]; ok && word[0] == '-' {
+				faults[i] += " (from " + name + ")"
+			}
+		}
+	}
+	return errors.New(strings.Join(faults, "\n"))
 }
 
 // variable is the environment variable of a flag.
@@ -290,25 +343,27 @@ func (c *config) validate() error {
 
 func (c *config) validateListening() error {
 	var faults []error
-	if c.listenPort < 0 || c.listenPort > 65535 {
+	if _, err := netip.ParseAddr(c.listenAddress); err != nil && strings.ContainsAny(c.listenAddress, ":[]/ ") {
+		faults = append(faults, fmt.Errorf("-listen-address %q must be a host or an IP address, without a port", c.listenAddress))
+	}
+	if c.listenPort > maxPort {
 		faults = append(faults, fmt.Errorf("-listen-port %d is not a port", c.listenPort))
 	}
-	if c.connLimit < 0 {
-		faults = append(faults, errors.New("-conn-limit must not be negative; 0 = no limit"))
-	}
-	if _, _, err := net.SplitHostPort(c.adminAddress); c.adminAddress != "" && err != nil {
-		faults = append(faults, fmt.Errorf("-admin-address must be host:port, or empty: %w", err))
+	if _, port, err := net.SplitHostPort(c.adminAddress); c.adminAddress != "" && (err != nil || !validPort(port)) {
+		faults = append(faults, fmt.Errorf("-admin-address %q must be host:port, or empty", c.adminAddress))
 	}
 	return errors.Join(faults...)
 }
 
+const maxPort = 1<<16 - 1
+
+func validPort(s string) bool {
+	n, err := strconv.Atoi(s)
+	return err == nil && n >= 0 && n <= maxPort
+}
+
 func (c *config) validateDurations() error {
 	var faults []error
-	for _, o := range c.options() {
-		if d, ok := o.value.(*time.Duration); ok && *d < 0 {
-			faults = append(faults, fmt.Errorf("-%s must not be negative", o.name))
-		}
-	}
 	if c.deliveryTimeout == 0 {
 		faults = append(faults, errors.New("-delivery-timeout must be above 0"))
 	}
@@ -340,9 +395,6 @@ func validateRetry(prefix string, r *retryPolicy) error {
 	if r.maxBackoff < r.minBackoff {
 		faults = append(faults, fmt.Errorf("%[1]smax-backoff-period (%v) must not be below %[1]smin-backoff-period (%v)", prefix, r.maxBackoff, r.minBackoff))
 	}
-	if r.retries < 0 {
-		faults = append(faults, errors.New(prefix+"max-backoff-retries must not be negative; 0 = as many as time allows"))
-	}
 	return errors.Join(faults...)
 }
 
@@ -370,23 +422,28 @@ func (c *config) parseForwardHeaders() error {
 	return errors.Join(faults...)
 }
 
-// checkHeaderName refuses what is no header name (RFC 9110, section 5.6.2) and the names that belong to one hop or that
-// the relay sets itself.
+// checkHeaderName refuses what is no header name and the names that belong to one hop or that the relay sets itself.
 func checkHeaderName(name string) error {
-	const others = "!#$%&'*+-.^_`|~"
-	for _, r := range name {
-		if !('0' <= r && r <= '9' || 'A' <= r && r <= 'Z' || 'a' <= r && r <= 'z' || strings.ContainsRune(others, r)) {
-			return fmt.Errorf("%q is not a header name", name)
-		}
+	if !isHeaderName(name) {
+		return fmt.Errorf("%q is not a header name", name)
 	}
 	switch http.CanonicalHeaderKey(name) {
-	case "":
-		return errors.New("a header name is missing")
 	case "Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authenticate", "Proxy-Authorization", "Te", "Trailer",
 		"Transfer-Encoding", "Upgrade", "Content-Length", "Expect", "Via", "Accept-Encoding":
 		return fmt.Errorf("%s is the relay's own on each connection and cannot be set", name)
 	}
 	return nil
+}
+
+// isHeaderName follows RFC 9110, section 5.6.2.
+func isHeaderName(name string) bool {
+	const others = "!#$%&'*+-.^_`|~"
+	for _, r := range name {
+		if !('0' <= r && r <= '9' || 'A' <= r && r <= 'Z' || 'a' <= r && r <= 'z' || strings.ContainsRune(others, r)) {
+			return false
+		}
+	}
+	return name != ""
 }
 
 // upstreamConfig is one -upstream. The name is empty if none was given.
@@ -458,23 +515,29 @@ func parseUpstream(spec string, retry retryPolicy) (upstreamConfig, error) {
 	}
 	faults := []error{u.parseURL(fields[0])}
 	given := map[string]bool{}
-	for _, field := range fields[1:] {
+	for i, field := range fields[1:] {
 		name, value, ok := strings.Cut(field, "=")
+		err := u.set(name, value)
 		switch {
 		case !ok:
-			faults = append(faults, fmt.Errorf("option %q has no =value", name))
+			err = fmt.Errorf("option number %d has no =value; one with a comma in it is quoted as in CSV", i+1)
+		case errors.Is(err, errNoOption):
+			err = fmt.Errorf("option number %d: %w", i+1, err)
 		case given[name] && name != "header":
-			faults = append(faults, fmt.Errorf("option %s is given twice", name))
-		default:
-			faults = append(faults, u.set(name, value))
+			err = fmt.Errorf("option %s is given twice", name)
+		case err == nil && u.url == nil && faults[0] == nil && name != "name" && name != "required":
+			err = fmt.Errorf("option %s means nothing to log:", name)
 		}
-		if u.url == nil && faults[0] == nil && name != "name" && name != "required" {
-			faults = append(faults, fmt.Errorf("option %s means nothing to log:", name))
-		}
-		given[name] = true
+		faults, given[name] = append(faults, err), true
 	}
-	return u, errors.Join(append(faults, validateRetry("", &u.retry))...)
+	if u.retry != retry {
+		faults = append(faults, validateRetry("", &u.retry))
+	}
+	return u, errors.Join(faults...)
 }
+
+// errNoOption is all that is said of an unknown option: its name may be a piece of a secret with a comma in it.
+var errNoOption = errors.New("there is no option of that name")
 
 func (u *upstreamConfig) parseURL(s string) error {
 	if s == logUpstream {
@@ -490,6 +553,8 @@ func (u *upstreamConfig) parseURL(s string) error {
 		return errors.New("the URL must begin with http:// or https://, or be log:")
 	case p.Hostname() == "":
 		return errors.New("the URL names no host")
+	case p.Port() != "" && !validPort(p.Port()):
+		return errors.New("the URL's port is not a port")
 	case p.User != nil:
 		return errors.New("the URL must not hold a user or password; use basic-auth-username and basic-auth-password-file")
 	case p.RawQuery != "" || p.ForceQuery:
@@ -515,43 +580,34 @@ func (u *upstreamConfig) set(name, value string) (err error) {
 	case "required":
 		u.required, err = strconv.ParseBool(value)
 	case "remote-timeout":
-		u.retry.timeout, err = parseDuration(value)
+		err = (*period)(&u.retry.timeout).Set(value)
 	case "min-backoff-period":
-		u.retry.minBackoff, err = parseDuration(value)
+		err = (*period)(&u.retry.minBackoff).Set(value)
 	case "max-backoff-period":
-		u.retry.maxBackoff, err = parseDuration(value)
+		err = (*period)(&u.retry.maxBackoff).Set(value)
 	case "max-backoff-retries":
-		u.retry.retries, err = strconv.Atoi(value)
+		err = (*count)(&u.retry.retries).Set(value)
 	case "retry-on-http-429":
 		u.retry.on429, err = strconv.ParseBool(value)
 	case "retry-on-http-422":
 		u.retry.on422, err = strconv.ParseBool(value)
 	default:
-		return fmt.Errorf("there is no option %q", name)
+		return errNoOption
 	}
 	if err != nil {
-		return fmt.Errorf("option %s has a value that cannot be read", name)
+		return fmt.Errorf("option %s has a value that cannot be read", name) // nor shown
 	}
 	return nil
 }
 
-// parseDuration reads a duration that is not negative.
-func parseDuration(s string) (time.Duration, error) {
-	d, err := time.ParseDuration(s)
-	if err == nil && d < 0 {
-		err = errors.New("negative")
-	}
-	return d, err
-}
-
 func (u *upstreamConfig) addHeader(line string) error {
 	name, value, ok := strings.Cut(line, ":")
-	if !ok {
-		return errors.New("option header must be Name: value")
-	}
 	value = strings.TrimSpace(value)
-	if strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r == 0x7f }) {
-		return fmt.Errorf("option header: the value of %s has a control character", name)
+	switch {
+	case !ok || !isHeaderName(name):
+		return errors.New("option header must be Name: value")
+	case strings.ContainsFunc(value, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }):
+		return errors.New("option header: its value has a control character")
 	}
 	if err := checkHeaderName(name); err != nil {
 		return fmt.Errorf("option header: %w", err)
