@@ -568,10 +568,44 @@ func (u *upstream) logProfile(p *payload) outcome {
 // from the environment.
 func newTransport(r *retryPolicy) *http.Transport {
 	dialer := net.Dialer{Timeout: r.timeout}
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dialer.DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return &attentiveConn{Conn: c, closed: make(chan struct{})}, nil
+	}
 	return &http.Transport{
-		DialContext: dialer.DialContext, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
+		DialContext: dial, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
 		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream, MaxResponseHeaderBytes: maxAnswerHeader,
 	}
+}
+
+// lastWords is how long a failed write waits for the answer that may explain it.
+const lastWords = time.Second
+
+// An attentiveConn hears an upstream out: one that refuses a body while it is being sent, and hangs up, has said why. A
+// failed Write keeps its error to itself until the reader has closed the connection, or lastWords are over.
+type attentiveConn struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *attentiveConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if err != nil {
+		select {
+		case <-c.closed:
+		case <-time.After(lastWords):
+		}
+	}
+	return n, err
+}
+
+func (c *attentiveConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
 }
 
 // settle counts what became of p at this upstream, once, and tells the person on call.
