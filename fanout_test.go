@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -103,7 +104,7 @@ type hostility struct {
 	says     string
 }
 
-const smallProfile, largeProfile = 7, 16 << 20
+const smallProfile, largeProfile = 7, 8 << 20
 
 // TestHostileUpstreams: a hostile upstream costs its own attempts and nothing else.
 func TestHostileUpstreams(t *testing.T) {
@@ -198,4 +199,353 @@ func (h *hostility) test(t *testing.T, client *http.Client, relay *program, bad 
 	if told := resp.Header.Get("Retry-After"); told != "" && h.name != "Retry-After for ever" {
 		t.Errorf("%s: the client is told Retry-After %q", h.name, told)
 	}
+}
+
+// gated is an upstream that holds each request until the test lets it go on.
+func gated(t *testing.T, answer func(http.ResponseWriter, *http.Request, int)) (p *peer, release func()) {
+	t.Helper()
+	open := make(chan struct{})
+	release = sync.OnceFunc(func() { close(open) })
+	p = newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		<-open
+		answer(w, r, n)
+	})
+	t.Cleanup(release) // before the server is closed, which waits for its handlers
+	return p, release
+}
+
+func acceptAll(w http.ResponseWriter, r *http.Request, _ int) { accept(w, r) }
+
+// Upstreams are served side by side: one that does not answer keeps nobody's copy back, but the client waits for it.
+func TestUpstreamsSideBySide(t *testing.T) {
+	t.Parallel()
+	slow, release := gated(t, acceptAll)
+	before, after := newPeer(t, nil), newPeer(t, nil)
+	relay := start(t, "-upstream", before.URL, "-upstream", slow.URL, "-upstream", after.URL)
+	eachPath(t, func(t *testing.T, path string) {
+		answered := make(chan response, 1)
+		go func() {
+			resp, err := tryPost(t.Context(), http.DefaultClient, relay.url(path), []byte("x"), "Content-Type", "application/proto", "X-Scope-OrgID", path)
+			if err == nil {
+				answered <- readAll(t, resp)
+			}
+		}()
+		eventually(t, "all have their copy", func() bool {
+			return len(before.of(path)) == 1 && len(slow.of(path)) == 1 && len(after.of(path)) == 1
+		})
+		select {
+		case resp := <-answered:
+			t.Errorf("answered %d before all upstreams had accepted", resp.StatusCode)
+		default:
+		}
+		release()
+		if resp := <-answered; resp.StatusCode != http.StatusOK {
+			t.Errorf("%d %s", resp.StatusCode, resp.body)
+		}
+	})
+}
+
+// eachPath runs a test for both routes.
+func eachPath(t *testing.T, test func(t *testing.T, path string)) {
+	for _, path := range []string{ingestPath, pushPath} {
+		t.Run(path, func(t *testing.T) { test(t, path) })
+	}
+}
+
+// An upstream that restarts leaves dead connections in the pool; they must not cost a client its profile.
+func TestRestartedUpstream(t *testing.T) {
+	t.Parallel()
+	addr, mux := "127.0.0.1:0", http.NewServeMux()
+	mux.HandleFunc("/ingest", func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
+	serve := func() *http.Server {
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr = l.Addr().String()
+		s := &http.Server{Handler: mux}
+		go s.Serve(l)
+		return s
+	}
+	s := serve()
+	relay := start(t, "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-upstream", "http://"+addr+",name=u")
+	client := newClient(t, "HTTP/1.1")
+	for range 3 {
+		var all sync.WaitGroup
+		for range 4 { // connections in the pool
+			all.Go(func() {
+				resp, err := tryPost(t.Context(), client, relay.url("/ingest"), []byte("x"))
+				if err != nil {
+					t.Error(err)
+				} else if r := readAll(t, resp); r.StatusCode != http.StatusOK {
+					t.Errorf("%d %s", r.StatusCode, r.body)
+				}
+			})
+		}
+		all.Wait()
+		s.Close()
+		s = serve()
+	}
+	s.Close()
+	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="u"}`, 12)
+}
+
+// Connections that have silently died in the pool cost one attempt, not one each: after a timeout the next attempt dials.
+func TestDeadPooledConnections(t *testing.T) {
+	t.Parallel()
+	const pooled = 3
+	var warm sync.WaitGroup
+	warm.Add(pooled)
+	bad := newRawPeer(t, map[string]func(net.Conn, *bufio.Reader){
+		"warm": func(c net.Conn, br *bufio.Reader) {
+			warm.Done()
+			warm.Wait() // all at once, so that each has a connection of its own
+			io.CopyN(io.Discard, br, 1)
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			io.Copy(io.Discard, br) // from here on it is dead
+		},
+		"cold": speak(1, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+	})
+	relay := start(t, "-remote-timeout", "500ms", "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-max-backoff-retries", "1",
+		"-upstream", "http://"+bad.addr+",name=u")
+	client := newClient(t, "HTTP/1.1")
+	var all sync.WaitGroup
+	for range pooled {
+		all.Go(func() {
+			resp, err := tryPost(t.Context(), client, relay.url("/ingest"), []byte("x"), "User-Agent", "warm")
+			if err != nil {
+				t.Error(err)
+			} else if r := readAll(t, resp); r.StatusCode != http.StatusOK {
+				t.Errorf("%d %s", r.StatusCode, r.body)
+			}
+		})
+	}
+	all.Wait()
+	if resp := post(t, client, relay.url("/ingest"), []byte("x"), "User-Agent", "cold"); resp.StatusCode != http.StatusOK {
+		t.Errorf("%d %s", resp.StatusCode, resp.body)
+	}
+	if n := relay.metric(t, `pyroscope_write_retries_total{endpoint="u"}`); n != 1 {
+		t.Errorf("%v retries, want 1", n)
+	}
+}
+
+// A client that hangs up has its profile delivered all the same, retries included, unless it had set a deadline.
+func TestHangUps(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, path string
+		header     []string
+		abandoned  bool
+	}{
+		{"ingest", ingestPath, []string{"Connect-Timeout-Ms", "8000"}, false}, // not a deadline there
+		{"push", pushPath, nil, false},
+		{"push with a deadline", pushPath, []string{"Connect-Timeout-Ms", "8000"}, true},
+	} {
+		eachProto(t, func(t *testing.T, c *http.Client) {
+			t.Run(tt.name, func(t *testing.T) {
+				upstream, release := gated(t, func(w http.ResponseWriter, r *http.Request, n int) {
+					if n == 1 {
+						w.WriteHeader(503)
+					}
+					accept(w, r)
+				})
+				mirror := newPeer(t, nil)
+				relay := start(t, fastRetries("-upstream", upstream.URL+",name=u", "-upstream", mirror.URL+",name=m,required=false")...)
+				ctx, hangUp := context.WithCancel(t.Context())
+				gone := make(chan error)
+				go func() {
+					_, err := tryPost(ctx, c, relay.url(tt.path), []byte("x"), append(tt.header, "Content-Type", "application/proto")...)
+					gone <- err
+				}()
+				eventually(t, "the upstream has the profile", func() bool { return len(upstream.requests()) == 1 })
+				hangUp()
+				if err := <-gone; err == nil {
+					t.Fatal("answered too early")
+				}
+				if tt.abandoned {
+					relay.awaitMetric(t, `pyroscope_write_dropped_requests_total{endpoint="u",reason="abandoned"}`, 1)
+				}
+				get(t, relay.url("/ready")) // a round trip's time to see the client go
+				release()
+				if !tt.abandoned {
+					relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="u"}`, 1)
+				}
+				relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="m"}`, 1)
+				relay.awaitMetric(t, "pyroscope_receive_http_inflight_bytes", 0)
+			})
+		})
+	}
+}
+
+// Mirrors neither delay nor change an answer. Together they hold a quarter of the memory for bodies, a shared body
+// counted once; above that a copy is dropped for each.
+func TestMirrors(t *testing.T) {
+	t.Parallel()
+	a, releaseA := gated(t, acceptAll)
+	b, releaseB := gated(t, func(w http.ResponseWriter, _ *http.Request, _ int) { w.WriteHeader(400) })
+	required := newPeer(t, nil)
+	relay := start(t, "-max-inflight-bytes", "1MiB", "-max-body-size", "256KiB", "-upstream", a.URL+",name=a,required=false",
+		"-upstream", required.URL+",name=r", "-upstream", b.URL+",name=b,required=false", "-upstream", "http://"+deadAddr(t)+",name=dead,required=false,max-backoff-retries=1,min-backoff-period=1ms")
+	c := newClient(t, "HTTP/1.1")
+	for range 3 {
+		if resp := post(t, c, relay.url("/ingest"), make([]byte, 100<<10)); resp.StatusCode != http.StatusOK {
+			t.Fatalf("%d %s", resp.StatusCode, resp.body)
+		}
+	}
+	for _, name := range []string{"a", "b", "dead"} {
+		if n := relay.metric(t, `pyroscope_write_dropped_requests_total{endpoint="`+name+`",reason="mirror_backlog"}`); n != 1 {
+			t.Errorf("%s: %v copies dropped for want of room, want 1", name, n)
+		}
+		if n := relay.metric(t, `pyroscope_write_dropped_bytes_total{endpoint="`+name+`",reason="mirror_backlog"}`); n != 100<<10 {
+			t.Errorf("%s: %v bytes dropped", name, n)
+		}
+	}
+	if n := relay.metric(t, "pyroscope_receive_http_inflight_bytes"); n != 200<<10 {
+		t.Errorf("%v bytes in flight, want those of two profiles", n)
+	}
+	releaseA()
+	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="a"}`, 2)
+	releaseB()
+	relay.awaitMetric(t, `pyroscope_write_dropped_requests_total{endpoint="b",reason="refused"}`, 2)
+	relay.awaitMetric(t, `pyroscope_write_dropped_requests_total{endpoint="dead",reason="unavailable"}`, 2)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_bytes", 0)
+	if n := len(required.requests()); n != 3 {
+		t.Errorf("the required upstream has %d profiles, want 3", n)
+	}
+	if resp := post(t, c, relay.url("/ingest"), make([]byte, 256<<10)); resp.StatusCode != http.StatusOK {
+		t.Fatalf("%d %s", resp.StatusCode, resp.body)
+	}
+	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="a"}`, 3) // the whole quarter is free again
+}
+
+// With mirrors alone there is nothing to wait for: success means that the profile was received.
+func TestOnlyMirrors(t *testing.T) {
+	t.Parallel()
+	mirror, release := gated(t, acceptAll)
+	relay := start(t, "-upstream", mirror.URL+",name=m,required=false")
+	c := newClient(t, "HTTP/1.1")
+	if resp := post(t, c, relay.url("/ingest"), []byte("x")); resp.StatusCode != http.StatusOK {
+		t.Errorf("%d %s", resp.StatusCode, resp.body)
+	}
+	if v := dialects()[4].call(t, c, relay.url(pushPath), []byte("{}"), false); v.code != codeOK || string(v.reply) != "{}" {
+		t.Errorf("%v %q %q", v.code, v.message, v.reply)
+	}
+	release()
+	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="m"}`, 2)
+	relay.stop(t)
+}
+
+// A Retry-After that does not fit into the time left is passed on at once; one that fits is waited for.
+func TestRetryAfter(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		w.Header().Set("Retry-After", r.UserAgent())
+		w.WriteHeader(429)
+	})
+	relay := start(t, fastRetries("-delivery-timeout", "5s", "-upstream", upstream.URL+",name=patient,max-backoff-period=1h")...)
+	clamped := start(t, fastRetries("-delivery-timeout", "5s", "-upstream", upstream.URL+",name=clamped")...)
+	c := newClient(t, "HTTP/1.1")
+	for _, tt := range []struct {
+		relay    *program
+		after    string
+		attempts int
+	}{
+		{relay, "600", 1}, {relay, time.Now().Add(time.Hour).UTC().Format(http.TimeFormat), 1}, {relay, "99999999999999999999", 1},
+		{relay, "0", 3}, {clamped, "600", 3},
+	} {
+		tenant := fmt.Sprintf("%s %p", tt.after, tt.relay)
+		resp := post(t, c, tt.relay.url("/ingest"), []byte("x"), "User-Agent", tt.after, "X-Scope-OrgID", tenant)
+		if resp.StatusCode != 429 || resp.Header.Get("Retry-After") != tt.after || len(upstream.of(tenant)) != tt.attempts {
+			t.Errorf("%s: %d, Retry-After %q, %d attempts, want %d", tt.after, resp.StatusCode, resp.Header.Get("Retry-After"), len(upstream.of(tenant)), tt.attempts)
+		}
+	}
+}
+
+// A client is answered before the write timeout would cut it off, however late its body was whole.
+func TestAnswerBeforeWriteTimeout(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-server-write-timeout", "1s", "-delivery-timeout", "900ms", "-upstream", "http://"+blackHole(t))
+	c, err := net.Dial("tcp", relay.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	io.WriteString(c, "POST /ingest HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\na")
+	time.Sleep(400 * time.Millisecond) // the client's slowness is what is tested
+	io.WriteString(c, "b")
+	if resp := readResponse(t, bufio.NewReader(c)); resp.StatusCode != http.StatusGatewayTimeout || string(resp.body) != "upstream-1: no answer in time\n" {
+		t.Errorf("%d %s", resp.StatusCode, resp.body)
+	}
+}
+
+// After a storm of everything at once, each upstream's books balance: every profile was either sent or dropped.
+func TestAccounting(t *testing.T) {
+	t.Parallel()
+	const profiles, size = 150, 1000
+	moody := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		switch n % 7 {
+		case 0:
+			w.WriteHeader(400)
+		case 1:
+			w.WriteHeader(503)
+		case 2:
+			panic(http.ErrAbortHandler)
+		case 3:
+			w.WriteHeader(302)
+		}
+	})
+	fine := newPeer(t, nil)
+	upstreams := []string{moody.URL + ",name=moody", fine.URL + ",name=fine", "http://" + deadAddr(t) + ",name=dead,required=false",
+		"http://" + blackHole(t) + ",name=hole,required=false,remote-timeout=20ms", moody.URL + "/x,name=mirror,required=false", "log:,name=log"}
+	args := []string{"-max-inflight-bytes", "400KB", "-max-body-size", "100KB"}
+	for _, u := range upstreams {
+		args = append(args, "-upstream", u)
+	}
+	relay := start(t, fastRetries(args...)...)
+	clients := []*http.Client{newClient(t, "HTTP/1.1"), newClient(t, "h2c")}
+	var all sync.WaitGroup
+	for i := range profiles {
+		all.Go(func() {
+			path, header := "/ingest", []string{"Content-Type", "application/proto"}
+			if i%2 == 0 {
+				path = pushPath
+			}
+			if i%5 == 0 {
+				header = append(header, "Connect-Timeout-Ms", "10")
+			}
+			resp, err := tryPost(t.Context(), clients[i%4/2], relay.url(path), make([]byte, size), header...)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			readAll(t, resp)
+			tryPost(t.Context(), clients[0], relay.url(pushPath), make([]byte, size), "Content-Type", "application/grpc") // refused, and counted nowhere
+		})
+	}
+	all.Wait()
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_bytes", 0)
+	for _, name := range []string{"moody", "fine", "dead", "hole", "mirror", "log"} {
+		eventually(t, name+"'s books balance", func() bool {
+			text := relay.metrics(t)
+			requests := total(t, text, "pyroscope_write_sent_requests_total", name) + total(t, text, "pyroscope_write_dropped_requests_total", name)
+			bytes := total(t, text, "pyroscope_write_sent_bytes_total", name) + total(t, text, "pyroscope_write_dropped_bytes_total", name)
+			return requests == profiles && bytes == profiles*size
+		})
+	}
+}
+
+// total is the sum of all series of a metric for one endpoint.
+func total(t *testing.T, text, metric, endpoint string) (sum int) {
+	t.Helper()
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, metric+`{endpoint="`+endpoint+`"`) {
+			var n int
+			if _, err := fmt.Sscan(line[strings.LastIndex(line, " "):], &n); err != nil {
+				t.Fatal(line, err)
+			}
+			sum += n
+		}
+	}
+	return sum
 }
