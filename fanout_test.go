@@ -3,14 +3,22 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"math"
 	"net"
 	"net/http"
+	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // A rawPeer is an upstream that speaks without HTTP's help. Which of its acts a request gets is what the request's
@@ -548,4 +556,435 @@ func total(t *testing.T, text, metric, endpoint string) (sum int) {
 		}
 	}
 	return sum
+}
+
+// The wait doubles from the least to the most, with jitter within these bounds; Retry-After can only lengthen it.
+func TestRetryDelay(t *testing.T) {
+	t.Parallel()
+	usual := retryPolicy{minBackoff: 500 * time.Millisecond, maxBackoff: 5 * time.Minute}
+	even := retryPolicy{minBackoff: time.Second, maxBackoff: time.Second}
+	for _, tt := range []struct {
+		policy      *retryPolicy
+		n           int
+		retryAfter  time.Duration
+		least, most time.Duration
+	}{
+		{&usual, 0, 0, 500 * time.Millisecond, 625 * time.Millisecond},
+		{&usual, 1, 0, time.Second, 1250 * time.Millisecond},
+		{&usual, 5, 0, 16 * time.Second, 20 * time.Second},
+		{&usual, 9, 0, 4 * time.Minute, 5 * time.Minute},
+		{&usual, 61, 0, 4 * time.Minute, 5 * time.Minute},
+		{&usual, 62, 0, 4 * time.Minute, 5 * time.Minute},
+		{&usual, 1 << 40, 0, 4 * time.Minute, 5 * time.Minute},
+		{&even, 0, 0, time.Second, time.Second},
+		{&even, 7, 0, time.Second, time.Second},
+		{&usual, 0, 3 * time.Second, 3 * time.Second, 3 * time.Second},
+		{&usual, 5, 3 * time.Second, 16 * time.Second, 20 * time.Second},
+		{&usual, 0, time.Hour, 5 * time.Minute, 5 * time.Minute},
+		{&usual, 0, math.MaxInt64, 5 * time.Minute, 5 * time.Minute},
+	} {
+		if d := tt.policy.delay(tt.n, tt.retryAfter, 0); d != tt.least {
+			t.Errorf("%+v: at least %v", tt, d)
+		}
+		if d := tt.policy.delay(tt.n, tt.retryAfter, 0.999999); d > tt.most || d < tt.most-tt.most/1000 {
+			t.Errorf("%+v: at most %v", tt, d)
+		}
+	}
+}
+
+// An attempt has its own time, but never more than three quarters of what is left while another may follow.
+func TestAttemptTime(t *testing.T) {
+	t.Parallel()
+	r := retryPolicy{timeout: 10 * time.Second, retries: 2}
+	forEver := retryPolicy{timeout: 10 * time.Second}
+	for _, tt := range []struct {
+		policy     *retryPolicy
+		n          int
+		left, want time.Duration
+	}{
+		{&r, 0, 8 * time.Second, 6 * time.Second},
+		{&r, 1, 8 * time.Second, 6 * time.Second},
+		{&r, 2, 8 * time.Second, 8 * time.Second},
+		{&r, 0, time.Hour, 10 * time.Second},
+		{&r, 2, time.Hour, 10 * time.Second},
+		{&forEver, 99, 8 * time.Second, 6 * time.Second},
+		{&forEver, 0, math.MaxInt64, 10 * time.Second},
+		{&r, 0, -time.Second, -750 * time.Millisecond},
+	} {
+		if got := tt.policy.attemptTime(tt.n, tt.left); got != tt.want {
+			t.Errorf("%+v: %v", tt, got)
+		}
+	}
+}
+
+func TestRetriesAllowed(t *testing.T) {
+	t.Parallel()
+	three, forEver := retryPolicy{retries: 3}, retryPolicy{}
+	for _, tt := range []struct {
+		policy    *retryPolicy
+		n, status int
+		want      bool
+	}{
+		{&three, 0, 503, true}, {&three, 2, 503, true}, {&three, 3, 503, false},
+		{&three, 1, 422, true}, {&three, 2, 422, false},
+		{&forEver, 1 << 40, 503, true}, {&forEver, 1, 422, true}, {&forEver, 2, 422, false},
+	} {
+		if got := tt.policy.more(tt.n, tt.status); got != tt.want {
+			t.Errorf("%+v: %v", tt, got)
+		}
+	}
+}
+
+func TestParseRetryAfter(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+	for _, tt := range []struct {
+		value string
+		want  time.Duration
+		ok    bool
+	}{
+		{"0", 0, true}, {"7", 7 * time.Second, true}, {"9223372036", 9223372036 * time.Second, true}, {"9223372037", math.MaxInt64, true},
+		{"18446744073709551616", math.MaxInt64, true}, {"Fri, 20 Nov 2026 12:00:30 GMT", 30 * time.Second, true},
+		{"Friday, 20-Nov-26 12:01:00 GMT", time.Minute, true}, {"Fri, 20 Nov 2026 11:00:00 GMT", 0, true}, {"Fri, 31 Dec 9999 23:59:59 GMT", math.MaxInt64, true},
+		{"", 0, false}, {"-1", 0, false}, {"+1", 0, false}, {"1.5", 0, false}, {"soon", 0, false}, {"1_0", 0, false}, {"0x1", 0, false},
+	} {
+		got, ok := parseRetryAfter(tt.value, now)
+		if ok != tt.ok || got != tt.want {
+			t.Errorf("%q is %v, %v", tt.value, got, ok)
+		}
+	}
+}
+
+func FuzzParseRetryAfter(f *testing.F) {
+	for _, s := range []string{"", "7", "-1", "99999999999999999999", "Fri, 20 Nov 2026 12:00:30 GMT", "Mon, 01 Jan 0001 00:00:00 GMT"} {
+		f.Add(s)
+	}
+	r := retryPolicy{minBackoff: time.Second, maxBackoff: time.Minute}
+	f.Fuzz(func(t *testing.T, s string) {
+		d, ok := parseRetryAfter(s, time.Now())
+		if d < 0 || !ok && d != 0 {
+			t.Errorf("%q is %v, %v", s, d, ok)
+		}
+		if wait := r.delay(0, d, 0.5); wait < time.Second || wait > time.Minute {
+			t.Errorf("%q makes the relay wait %v", s, wait)
+		}
+	})
+}
+
+func TestOneLine(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{
+		"": "", " a \n": "a", "a\r\nb\tc": "a  b c", "\x1b[31mred\x00": "[31mred", "\xff\xfeok": "?ok", "a\u202eb\u2028c": "a b c", "é世": "é世",
+		strings.Repeat("x", maxWords+1):       strings.Repeat("x", maxWords),
+		strings.Repeat("é", maxWords):         strings.Repeat("é", maxWords/2),
+		"x" + strings.Repeat("é", maxWords):   "x" + strings.Repeat("é", maxWords/2-1),
+		strings.Repeat("x ", maxWords) + "yy": strings.TrimSpace(strings.Repeat("x ", maxWords/2)),
+	} {
+		if got := oneLine(s); got != want {
+			t.Errorf("%q became %q", s, got)
+		}
+	}
+}
+
+func FuzzOneLine(f *testing.F) {
+	f.Add("plain")
+	f.Add("a\r\nb\x00\xff\u202e")
+	f.Add(strings.Repeat("é ", maxWords))
+	f.Fuzz(func(t *testing.T, s string) {
+		got := oneLine(s)
+		if len(got) > maxWords || !utf8.ValidString(got) || oneLine(got) != got {
+			t.Errorf("%q became %q", s, got)
+		}
+		if i := strings.IndexFunc(got, func(r rune) bool { return !unicode.IsPrint(r) }); i >= 0 {
+			t.Errorf("%q has %q at %d", s, got, i)
+		}
+	})
+}
+
+// judged is what the delivery makes of an answer on a route.
+func judged(route routeID, a answer, r retryPolicy) outcome {
+	p := &payload{route: route, header: http.Header{"Content-Type": {"application/proto"}}}
+	return judge(p, &a, nil, &r)
+}
+
+func TestJudge(t *testing.T) {
+	t.Parallel()
+	usual := retryPolicy{on429: true}
+	for _, tt := range []struct {
+		route     routeID
+		status    int
+		mediaType string
+		policy    retryPolicy
+		want      verdict
+	}{
+		{routeIngest, 200, "", usual, accepted}, {routeIngest, 202, "text/html", usual, accepted}, {routeIngest, 299, "", usual, accepted},
+		{routePush, 200, "application/proto", usual, accepted}, {routePush, 200, "application/json", usual, misplaced},
+		{routePush, 200, "", usual, misplaced}, {routePush, 202, "application/proto", usual, misplaced},
+		{routeIngest, 300, "", usual, misplaced}, {routePush, 399, "", usual, misplaced},
+		{routeIngest, 400, "", usual, refused}, {routeIngest, 408, "", usual, transient}, {routeIngest, 409, "", usual, refused},
+		{routeIngest, 429, "", usual, transient}, {routeIngest, 429, "", retryPolicy{}, refused},
+		{routeIngest, 422, "", usual, refused}, {routeIngest, 422, "", retryPolicy{on422: true}, transient}, {routePush, 422, "", retryPolicy{on422: true}, refused},
+		{routeIngest, 499, "", usual, refused}, {routeIngest, 500, "", usual, transient}, {routePush, 501, "", usual, refused},
+		{routeIngest, 502, "", usual, transient}, {routeIngest, 508, "", usual, refused}, {routeIngest, 599, "", usual, transient},
+		{routeIngest, 101, "", usual, transient}, {routeIngest, 999, "", usual, transient},
+	} {
+		if got := judged(tt.route, answer{status: tt.status, mediaType: tt.mediaType}, tt.policy); got.verdict != tt.want || (got.fault == nil) != (tt.want == accepted) {
+			t.Errorf("%+v: %+v", tt, got)
+		}
+	}
+}
+
+// A Retry-After is passed on where it has a meaning, if it has one.
+func TestJudgeRetryAfter(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		status      int
+		value, want string
+	}{{429, "7", "7"}, {503, "7", "7"}, {500, "7", ""}, {429, "soon", ""}, {503, "", ""}} {
+		out := judged(routeIngest, answer{status: tt.status, retryAfter: tt.value}, retryPolicy{})
+		if out.fault.retryAfter != tt.want {
+			t.Errorf("%+v: %q", tt, out.fault.retryAfter)
+		}
+	}
+}
+
+// Of several failures one that may pass wins, the first of its kind; the text has a line for each.
+func TestMerge(t *testing.T) {
+	t.Parallel()
+	upstreams := []*upstream{{public: "a"}, {public: "b"}, {public: "c"}}
+	said := func(status int) outcome { return judged(routeIngest, answer{status: status}, retryPolicy{}) }
+	timeout := judgeError(context.DeadlineExceeded)
+	for _, tt := range []struct {
+		outs []outcome
+		want string
+	}{
+		{[]outcome{said(200), said(204), said(200)}, ""},
+		{[]outcome{said(400), said(200), said(403)}, "400 invalid_argument\na: HTTP status 400 Bad Request\nc: HTTP status 403 Forbidden"},
+		{[]outcome{said(400), said(503), said(500)}, "503 unavailable\na: HTTP status 400 Bad Request\nb: HTTP status 503 Service Unavailable\nc: HTTP status 500 Internal Server Error"},
+		{[]outcome{said(500), said(503), said(400)}, "502 unavailable\na: HTTP status 500 Internal Server Error\nb: HTTP status 503 Service Unavailable\nc: HTTP status 400 Bad Request"},
+		{[]outcome{said(200), said(501), timeout}, "504 deadline_exceeded\nb: HTTP status 501 Not Implemented\nc: no answer in time"},
+		{[]outcome{said(413), said(302), said(200)}, "502 unavailable\na: HTTP status 413 Request Entity Too Large\nb: HTTP status 302 Found"},
+		{[]outcome{said(401), said(429), said(200)}, "429 resource_exhausted\na: HTTP status 401 Unauthorized\nb: HTTP status 429 Too Many Requests"},
+	} {
+		got := ""
+		if f := merge(upstreams, tt.outs); f != nil {
+			got = fmt.Sprintf("%d %v\n%s", f.status, f.code, f.public)
+		}
+		if got != tt.want {
+			t.Errorf("got  %q\nwant %q", got, tt.want)
+		}
+	}
+	if kept := said(400).fault.public; kept != "HTTP status 400 Bad Request" {
+		t.Errorf("merging changed a fault: %q", kept)
+	}
+}
+
+// An attempt without an answer tells the client nothing of its cause.
+func TestJudgeError(t *testing.T) {
+	t.Parallel()
+	dial := &net.OpError{Op: "dial", Net: "tcp", Addr: &net.TCPAddr{IP: net.IPv4(10, 1, 2, 3), Port: 4040}, Err: errors.New("refused")}
+	for _, tt := range []struct {
+		err    error
+		status int
+		code   code
+		public string
+	}{
+		{dial, 502, codeUnavailable, "could not be reached"},
+		{io.ErrUnexpectedEOF, 502, codeUnavailable, "could not be reached"},
+		{errTooLong, 502, codeUnavailable, "answered too much"},
+		{context.DeadlineExceeded, 504, codeDeadlineExceeded, "no answer in time"},
+		{&net.OpError{Op: "read", Err: os.ErrDeadlineExceeded}, 504, codeDeadlineExceeded, "no answer in time"},
+	} {
+		out := judgeError(tt.err)
+		f := out.fault
+		if out.verdict != transient || !f.transient || f.status != tt.status || f.code != tt.code || f.public != tt.public || !errors.Is(f, tt.err) || out.expired != (tt.status == 504) {
+			t.Errorf("%v: %+v %+v", tt.err, out, f)
+		}
+	}
+}
+
+// A notebook is a log handler that keeps each line, with the time since it was made. Safe for concurrent use.
+type notebook struct {
+	mu    sync.Mutex
+	start time.Time
+	lines []string
+}
+
+func (n *notebook) Enabled(context.Context, slog.Level) bool { return true }
+func (n *notebook) WithAttrs([]slog.Attr) slog.Handler       { return n }
+func (n *notebook) WithGroup(string) slog.Handler            { return n }
+
+func (n *notebook) Handle(_ context.Context, r slog.Record) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	line := fmt.Sprintf("%v %v %s", time.Since(n.start), r.Level, r.Message)
+	r.Attrs(func(a slog.Attr) bool {
+		line += " " + a.String()
+		return true
+	})
+	n.lines = append(n.lines, line)
+	return nil
+}
+
+// testUpstream is the upstream that -upstream with this value makes, under the usual flags and these.
+func testUpstream(t *testing.T, log slog.Handler, flags ...string) (*upstream, *metrics) {
+	t.Helper()
+	c, err := parseConfig(flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMetrics()
+	f := newFanout(c, m, slog.New(log))
+	return append(f.required, f.mirrors...)[0], m
+}
+
+// An outage is a line when it begins, one every quietFor while it lasts, and one when it is over, with counts.
+func TestHealthLog(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		n := &notebook{start: time.Now()}
+		u, _ := testUpstream(t, n, "-upstream", "log:,name=u")
+		p := &payload{}
+		down := outcome{verdict: transient, fault: &fault{public: "no", cause: errors.New("because")}}
+		for range 24 {
+			u.settle(t.Context(), p, down)
+			u.settle(t.Context(), p, down)
+			time.Sleep(time.Second)
+		}
+		for range 5 {
+			u.settle(t.Context(), p, outcome{verdict: accepted})
+		}
+		want := []string{
+			"0s WARN upstream is down upstream=u failed=1 for=0s error=no: because",
+			"10s WARN upstream is still down upstream=u failed=21 for=10s error=no: because",
+			"20s WARN upstream is still down upstream=u failed=41 for=20s error=no: because",
+			"24s INFO upstream is back upstream=u failed=48 for=24s",
+		}
+		if !slices.Equal(n.lines, want) {
+			t.Errorf("got\n%s\nwant\n%s", strings.Join(n.lines, "\n"), strings.Join(want, "\n"))
+		}
+	})
+}
+
+// An upstream that comes and goes does not fill the log, and neither does one that refuses much.
+func TestQuietLogs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		n := &notebook{start: time.Now()}
+		u, _ := testUpstream(t, n, "-upstream", "log:,name=u")
+		p := &payload{}
+		for range 100 {
+			u.settle(t.Context(), p, outcome{verdict: transient, fault: &fault{public: "no"}})
+			u.settle(t.Context(), p, outcome{verdict: accepted})
+			u.settle(t.Context(), p, outcome{verdict: refused, status: 400, fault: &fault{public: "bad"}})
+			time.Sleep(100 * time.Millisecond)
+		}
+		want := []string{
+			"0s WARN upstream is down upstream=u failed=1 for=0s error=no",
+			"0s INFO upstream is back upstream=u failed=1 for=0s",
+			"0s WARN upstream refused a profile upstream=u route=ingest status=400 said=bad unlogged=0",
+		}
+		if !slices.Equal(n.lines, want) {
+			t.Errorf("got\n%s\nwant\n%s", strings.Join(n.lines, "\n"), strings.Join(want, "\n"))
+		}
+	})
+}
+
+// What became of a profile is counted under the reason that the person on call would give.
+func TestDropReasons(t *testing.T) {
+	t.Parallel()
+	gone, hangUp := context.WithCancel(t.Context())
+	hangUp()
+	late, cancel := context.WithTimeout(t.Context(), 0)
+	defer cancel()
+	f := &fault{public: "no"}
+	for _, tt := range []struct {
+		ctx  context.Context
+		out  outcome
+		want string
+	}{
+		{t.Context(), outcome{verdict: refused, fault: f}, dropRefused},
+		{t.Context(), outcome{verdict: misplaced, fault: f}, dropRefused},
+		{gone, outcome{verdict: refused, fault: f}, dropRefused},
+		{gone, outcome{verdict: transient, fault: f}, dropAbandoned},
+		{gone, outcome{verdict: transient, expired: true, fault: f}, dropAbandoned},
+		{late, outcome{verdict: transient, expired: true, fault: f}, dropDeadline},
+		{late, outcome{verdict: transient, fault: f}, dropUnavailable},
+		{t.Context(), outcome{verdict: transient, fault: f}, dropUnavailable},
+	} {
+		u, _ := testUpstream(t, slog.DiscardHandler, "-upstream", "log:")
+		u.settle(tt.ctx, &payload{body: []byte("123")}, tt.out)
+		for reason, n := range u.metrics.droppedRequests {
+			if (n.Value() == 1) != (reason == tt.want) {
+				t.Errorf("%+v: %s is %d", tt, reason, n.Value())
+			}
+		}
+		if n := u.metrics.droppedBytes[tt.want].Value(); n != 3 {
+			t.Errorf("%+v: %d bytes", tt, n)
+		}
+	}
+}
+
+// The delivery loop on a clock of its own: how often, how long, and when it gives up.
+func TestDeliveryLoop(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, _ int) {
+		w.Header().Set("Connection", "close") // no goroutine of the relay waits for the network while its clock is to move
+		if after := r.Header.Get("Accept"); after != "" {
+			w.Header().Set("Retry-After", after)
+		}
+		w.WriteHeader(503)
+	})
+	for i, tt := range []struct {
+		flags       []string
+		time        time.Duration // for the delivery
+		retryAfter  string
+		attempts    int
+		least, most time.Duration // that it takes
+	}{
+		{[]string{"-max-backoff-retries", "4"}, time.Hour, "", 5, 7500 * time.Millisecond, 9375 * time.Millisecond}, // .5+1+2+4
+		{nil, 9400 * time.Millisecond, "", 5, 7500 * time.Millisecond, 9400 * time.Millisecond},
+		{nil, 4400 * time.Millisecond, "", 4, 3500 * time.Millisecond, 4400 * time.Millisecond},
+		{nil, 400 * time.Millisecond, "", 1, 0, 0},
+		{[]string{"-max-backoff-retries", "0", "-max-backoff-period", "1s"}, 30 * time.Second, "", 0, 28 * time.Second, 30 * time.Second},
+		{[]string{"-max-backoff-retries", "2"}, time.Minute, "20", 3, 40 * time.Second, 40 * time.Second},
+		{[]string{"-max-backoff-retries", "2"}, 15 * time.Second, "20", 1, 0, 0},
+		{[]string{"-max-backoff-retries", "2", "-max-backoff-period", "3s"}, time.Minute, "20", 3, 6 * time.Second, 6 * time.Second},
+		{[]string{"-max-backoff-retries", "2"}, time.Minute, "soon", 3, 1500 * time.Millisecond, 1875 * time.Millisecond},
+	} {
+		tenant := fmt.Sprint("loop ", i)
+		synctest.Test(t, func(t *testing.T) {
+			u, _ := testUpstream(t, slog.DiscardHandler, append(tt.flags, "-upstream", upstream.URL)...)
+			header := http.Header{"X-Scope-Orgid": {tenant}}
+			if tt.retryAfter != "" {
+				header["Accept"] = []string{tt.retryAfter}
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), tt.time)
+			defer cancel()
+			start := time.Now()
+			out := u.deliver(ctx, &payload{header: header, body: []byte("x")})
+			if took := time.Since(start); out.status != 503 || took < tt.least || took > tt.most {
+				t.Errorf("%+v: status %d after %v", tt, out.status, took)
+			}
+			if n := int(u.metrics.retries.Value()) + 1; tt.attempts != 0 && n != tt.attempts || n != len(upstream.of(tenant)) {
+				t.Errorf("%+v: %d attempts, %d arrived", tt, n, len(upstream.of(tenant)))
+			}
+		})
+	}
+}
+
+// A wait between attempts ends with the client's patience.
+func TestDeliveryLoopAbandoned(t *testing.T) {
+	t.Parallel()
+	dead := deadAddr(t)
+	synctest.Test(t, func(t *testing.T) {
+		u, _ := testUpstream(t, slog.DiscardHandler, "-upstream", "http://"+dead, "-min-backoff-period", "1m")
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(10*time.Second, cancel)
+		start := time.Now()
+		out := u.deliver(ctx, &payload{})
+		if took := time.Since(start); took != 10*time.Second || out.verdict != transient || u.metrics.retries.Value() != 0 {
+			t.Errorf("%v after %v", out, took)
+		}
+	})
 }
