@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"mime"
 	"net"
@@ -202,28 +203,30 @@ func (r *retryPolicy) attemptTime(n int, left time.Duration) time.Duration {
 	return min(r.timeout, left)
 }
 
-// delay is the wait after attempt n. It doubles from minBackoff to maxBackoff, with up to a quarter of jitter; the
-// upstream's own Retry-After, clamped to maxBackoff, can only lengthen it. random is in [0, 1).
+// delay is the wait after attempt n. It doubles from minBackoff to maxBackoff and never leaves these bounds, with up to
+// a quarter of jitter; the upstream's own Retry-After, clamped to maxBackoff, can only lengthen it. random is in [0, 1).
 func (r *retryPolicy) delay(n int, retryAfter time.Duration, random float64) time.Duration {
 	base := r.maxBackoff
 	if n < 62 && r.minBackoff<<n>>n == r.minBackoff {
 		base = min(r.minBackoff<<n, r.maxBackoff)
 	}
-	base = min(base, r.maxBackoff/5*4) // leave room for the jitter under the maximum
-	jittered := base + time.Duration(random*float64(base)/4)
+	base = max(r.minBackoff, min(base, r.maxBackoff/5*4)) // leave room for the jitter under the maximum
+	jittered := min(base+time.Duration(random*float64(base)/4), r.maxBackoff)
 	return max(jittered, min(retryAfter, r.maxBackoff))
 }
 
-// parseRetryAfter reads a Retry-After value (RFC 9110, section 10.2.3: seconds or a date); 0 if there is none, or none
-// that makes sense.
-func parseRetryAfter(value string, now time.Time) time.Duration {
-	if n, err := strconv.ParseUint(value, 10, 31); err == nil {
-		return time.Duration(n) * time.Second
+// parseRetryAfter reads a Retry-After value (RFC 9110, section 10.2.3: seconds or a date); false if there is none, or
+// none that makes sense. The result is never negative; one beyond what time.Duration holds is as long as that.
+func parseRetryAfter(value string, now time.Time) (time.Duration, bool) {
+	n, err := strconv.ParseUint(value, 10, 64)
+	if err == nil && n <= uint64(math.MaxInt64/time.Second) {
+		return time.Duration(n) * time.Second, true
 	}
-	if t, err := http.ParseTime(value); err == nil {
-		return max(0, t.Sub(now))
+	if err == nil || errors.Is(err, strconv.ErrRange) {
+		return math.MaxInt64, true
 	}
-	return 0
+	t, err := http.ParseTime(value)
+	return max(0, t.Sub(now)), err == nil
 }
 
 // verdict is what one answer means for the delivery.
@@ -263,18 +266,20 @@ func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
 	if err != nil {
 		return judgeError(err)
 	}
-	out := outcome{status: a.status, wait: parseRetryAfter(a.retryAfter, time.Now())}
+	wait, sane := parseRetryAfter(a.retryAfter, time.Now())
+	out := outcome{status: a.status, wait: wait}
 	words, own := a.words(p.route)
 	out.verdict = a.verdict(p, r, own)
 	if out.verdict == accepted {
 		out.reply = reply{body: a.body, encoding: a.encoding}
 		return out
 	}
+	limited := a.status == http.StatusTooManyRequests // for the client to retry, even where the relay does not
 	out.fault = &fault{
-		status: ingestStatus(a.status), code: pushCode(a.status, own), public: words, transient: out.verdict != refused,
+		status: ingestStatus(a.status), code: pushCode(a.status, own), public: words, transient: out.verdict != refused || limited,
 		cause: fmt.Errorf("HTTP status %d, Content-Type %q", a.status, a.mediaType),
 	}
-	if a.status == http.StatusTooManyRequests || a.status == http.StatusServiceUnavailable {
+	if sane && (limited || a.status == http.StatusServiceUnavailable) {
 		out.fault.retryAfter = a.retryAfter
 	}
 	return out
@@ -389,7 +394,7 @@ func oneLine(s string) string {
 	}, strings.ToValidUTF8(s, "?"))
 	s = strings.TrimSpace(s)
 	if len(s) > maxWords {
-		s = strings.ToValidUTF8(s[:maxWords], "")
+		s = strings.TrimSpace(strings.ToValidUTF8(s[:maxWords], ""))
 	}
 	return s
 }
@@ -478,7 +483,7 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int) outcome {
 	client := u.client.Load()
 	a, err := u.exchange(ctx, client, p)
 	out := judge(p, a, err, &u.retry)
-	if err != nil {
+	if err != nil && !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
 		u.renew(client)
 	}
 	if out.fault != nil {
@@ -503,7 +508,10 @@ func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payl
 		return nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	var body []byte
+	if resp.StatusCode != http.StatusSwitchingProtocols { // or reading would not end with ctx
+		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	}
 	if err == nil && len(body) > maxAnswer {
 		err = errTooLong
 	}
@@ -520,9 +528,7 @@ func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payl
 func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	target := *u.url
 	target.Path += p.path()
-	if target.RawPath != "" {
-		target.RawPath += p.path()
-	}
+	target.RawPath += p.path()
 	target.RawQuery = p.query
 	header := make(http.Header, len(p.header)+len(u.header)+1)
 	for name, values := range p.header {
@@ -538,10 +544,16 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	for name, values := range u.header {
 		header[name] = values
 	}
+	body := func() (io.ReadCloser, error) {
+		if len(p.body) == 0 {
+			return http.NoBody, nil // any other means "of unknown length" to the transport, hence chunked
+		}
+		return io.NopCloser(bytes.NewReader(p.body)), nil
+	}
+	first, _ := body()
 	return (&http.Request{
 		Method: http.MethodPost, URL: &target, Host: cmp.Or(u.header.Get("Host"), u.url.Host), Header: header,
-		Body: io.NopCloser(bytes.NewReader(p.body)), ContentLength: int64(len(p.body)),
-		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(p.body)), nil },
+		Body: first, ContentLength: int64(len(p.body)), GetBody: body,
 	}).WithContext(ctx)
 }
 
@@ -556,10 +568,44 @@ func (u *upstream) logProfile(p *payload) outcome {
 // from the environment.
 func newTransport(r *retryPolicy) *http.Transport {
 	dialer := net.Dialer{Timeout: r.timeout}
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dialer.DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return &attentiveConn{Conn: c, closed: make(chan struct{})}, nil
+	}
 	return &http.Transport{
-		DialContext: dialer.DialContext, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
+		DialContext: dial, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
 		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream, MaxResponseHeaderBytes: maxAnswerHeader,
 	}
+}
+
+// lastWords is how long a failed write waits for the answer that may explain it.
+const lastWords = time.Second
+
+// An attentiveConn hears an upstream out: one that refuses a body while it is being sent, and hangs up, has said why. A
+// failed Write keeps its error to itself until the reader has closed the connection, or lastWords are over.
+type attentiveConn struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *attentiveConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if err != nil {
+		select {
+		case <-c.closed:
+		case <-time.After(lastWords):
+		}
+	}
+	return n, err
+}
+
+func (c *attentiveConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
 }
 
 // settle counts what became of p at this upstream, once, and tells the person on call.
@@ -571,10 +617,10 @@ func (u *upstream) settle(ctx context.Context, p *payload, out outcome) {
 	}
 	reason := dropUnavailable
 	switch {
-	case errors.Is(ctx.Err(), context.Canceled):
-		reason = dropAbandoned
 	case out.verdict != transient:
 		reason = dropRefused
+	case errors.Is(ctx.Err(), context.Canceled):
+		reason = dropAbandoned
 	case out.expired:
 		reason = dropDeadline
 	}
@@ -670,7 +716,7 @@ func (f *fanout) mirror(ctx context.Context, p *payload) {
 	if len(f.mirrors) == 0 {
 		return
 	}
-	charge := max(int64(len(p.body)), minMirrorCharge)
+	charge := max(int64(cap(p.body)), minMirrorCharge) // what it really holds
 	if f.mirrorHeld.Add(charge) > f.mirrorRoom {
 		f.mirrorHeld.Add(-charge)
 		for _, u := range f.mirrors {

@@ -562,8 +562,9 @@ func (u *upstreamConfig) parseURL(s string) error {
 	case p.Fragment != "" || strings.Contains(s, "#"):
 		return errors.New("the URL must not have a fragment")
 	}
-	p.Path, p.RawPath = strings.TrimRight(p.Path, "/"), strings.TrimRight(p.RawPath, "/")
-	return nil
+	p.RawPath = strings.TrimRight(p.EscapedPath(), "/") // of the slashes as written: %2F is a part of a name
+	p.Path, err = url.PathUnescape(p.RawPath)
+	return err
 }
 
 // set gives one option its value.

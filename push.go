@@ -52,12 +52,13 @@ type call struct {
 	contentType string        // of the request, and of a successful answer
 	codec       string        // content type of the message in Connect unary
 	encoding    string        // grpc-encoding; "" = identity
+	query       string        // raw; the procedure has none, but a client's base URL may
 	deadline    time.Duration // valid if timed
 	timed       bool
 }
 
 func beginPush(r *http.Request) (exchange, *fault) {
-	c := &call{protocol: unknownProtocol}
+	c := &call{protocol: unknownProtocol, query: r.URL.RawQuery}
 	if !c.recognise(r.Header["Content-Type"]) {
 		return c, &fault{status: http.StatusUnsupportedMediaType, code: codeUnimplemented, reason: rejectProtocol,
 			public: "this content type is not served here; Accept-Post lists those that are"}
@@ -92,7 +93,7 @@ func (c *call) recognise(contentType []string) bool {
 	if len(contentType) != 1 {
 		return false
 	}
-	c.contentType = contentType[0]
+	c.contentType = strings.ToLower(contentType[0])
 	t, params, err := mime.ParseMediaType(c.contentType)
 	if err != nil {
 		return false
@@ -112,7 +113,7 @@ func (c *call) recognise(contentType []string) bool {
 		p, c.codec = grpcWeb, "application/json"
 	}
 	charset, named := params["charset"]
-	if len(params) > 1 || len(params) == 1 && !(named && c.codec == "application/json" && strings.EqualFold(charset, "utf-8")) {
+	if len(params) > 1 || len(params) == 1 && !(named && c.codec == "application/json" && charset == "utf-8") {
 		return false
 	}
 	c.protocol, c.contentType = p, t
@@ -175,7 +176,7 @@ func (c *call) payload(header http.Header, body []byte) (*payload, *fault) {
 	delete(header, "Connect-Timeout-Ms") // the fan-out says how much of it is left
 	header["Connect-Protocol-Version"] = []string{"1"}
 	header["Accept-Encoding"] = []string{"identity"}
-	return &payload{route: routePush, header: header, body: body}, nil
+	return &payload{route: routePush, query: c.query, header: header, body: body}, nil
 }
 
 // openEnvelope returns the one message in a gRPC request body, which shares its bytes.
