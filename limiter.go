@@ -224,8 +224,8 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 }
 
 // A limitedConn gives its slot back when it is closed for the first time. While the server thinks it idle, it may be
-// asked to make room: its Read is woken, looks for bytes once more, and reports the end of the stream if there are
-// none. No request is lost that way: a connection that bytes were read from is no longer idle.
+// asked to make room: its Read is woken, looks for bytes once more, and reports a timeout if there are none, whereupon
+// the server closes it. No request is lost that way: a connection that bytes were read from is no longer idle.
 type limitedConn struct {
 	net.Conn
 	limiter    *connLimiter
@@ -241,7 +241,7 @@ type limitedConn struct {
 	place    *list.Element // in limiter.idle
 	leaving  bool          // asked to make room
 	looked   bool          // its last look has begun
-	gone     bool          // the server was told that the stream has ended
+	gone     bool          // from now on every Read that finds nothing reports a timeout
 	h2       bool
 	heard    time.Time // when bytes came while it was idle; when it was accepted
 	deadline time.Time // for reading, as the server set it
@@ -352,12 +352,9 @@ func (c *limitedConn) woken() (again bool, err error) {
 	defer l.mu.Unlock()
 	switch {
 	case c.gone:
-		return false, io.EOF
+		return false, os.ErrDeadlineExceeded
 	case !c.leaving && !c.deadline.IsZero() && !now.Before(c.deadline):
-		// The server's own deadline. Before the first request it would set another and go on waiting.
-		if c.gone = !c.known; c.gone {
-			return false, io.EOF
-		}
+		c.gone = !c.known // before the first request the server would set another deadline and go on waiting
 		return false, os.ErrDeadlineExceeded
 	case !c.leaving: // one of ours, too late
 		return true, nil
@@ -375,7 +372,7 @@ func (c *limitedConn) woken() (again bool, err error) {
 	if !l.stopping {
 		l.metrics.reclaimed.Add(1)
 	}
-	return false, io.EOF
+	return false, os.ErrDeadlineExceeded
 }
 
 // lookUntil is the end of the last look at a connection that is asked to go.

@@ -1,0 +1,398 @@
+package main
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	connectionsSeries = "pyroscope_receive_http_tcp_connections"
+	reclaimedSeries   = "pyroscope_receive_http_tcp_connections_reclaimed_total"
+	waitsSeries       = "pyroscope_receive_http_tcp_connections_limit_waits_total"
+	inflightSeries    = "pyroscope_receive_http_inflight_bytes"
+)
+
+func rejectedSeries(reason string) string {
+	return `pyroscope_receive_http_rejected_total{reason="` + reason + `"}`
+}
+
+// served checks that a well-behaved client gets its profile through.
+func served(t testing.TB, p *program) {
+	t.Helper()
+	if resp := post(t, newClient(t, "HTTP/1.1"), p.url("/ingest?name=good"), []byte("good"), "Connection", "close"); resp.StatusCode != http.StatusOK {
+		t.Fatalf("a well-behaved client got %d: %s", resp.StatusCode, resp.body)
+	}
+}
+
+// dial opens a connection that is closed with the test.
+func dial(t testing.TB, addr string) *net.TCPConn {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(patience))
+	return c.(*net.TCPConn)
+}
+
+func write(t testing.TB, c net.Conn, s string) {
+	t.Helper()
+	if _, err := io.WriteString(c, s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// ended reads until the relay ends the connection, and returns what it said.
+func ended(t testing.TB, c net.Conn) string {
+	t.Helper()
+	b, err := io.ReadAll(c)
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+		t.Fatalf("the relay did not end the connection; it said %q", b)
+	}
+	return string(b)
+}
+
+// ingestHead is the head of a POST /ingest with those header lines, each ending in CRLF.
+func ingestHead(lines string) string {
+	return "POST /ingest?name=x HTTP/1.1\r\nHost: relay\r\n" + lines + "\r\n"
+}
+
+// keepAlive posts a profile on a connection that stays open.
+func keepAlive(t testing.TB, c net.Conn) response {
+	t.Helper()
+	write(t, c, ingestHead("Content-Length: 2\r\n")+"ok")
+	resp := readResponse(t, bufio.NewReader(c))
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("status %d: %s", resp.StatusCode, resp.body)
+	}
+	return resp
+}
+
+// Clients that stall are cut by the read timeout, whatever they stall in, and get no profile through. A head that is
+// begun on an idle HTTP/2 connection does not end its idleness: the idle timeout cuts it.
+func TestSlowClientsAreCut(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-server-read-timeout", "300ms", "-server-idle-timeout", "600ms")
+	for _, test := range []struct{ name, sent, answer string }{
+		{"silent", "", ""},
+		{"half a request line", "POST /ing", "HTTP/1.1 400 "},
+		{"half a head", "POST /ingest HTTP/1.1\r\nHost: relay\r\nX-Slow: ", ""},
+		{"half a body", ingestHead("Content-Length: 100\r\n") + "0123456789", "HTTP/1.1 408 "},
+		{"half a chunk", ingestHead("Transfer-Encoding: chunked\r\n") + "64\r\n0123456789", "HTTP/1.1 408 "},
+		{"half a preface", "PRI * HTTP/2.0\r\n\r\nSM", "HTTP/1.1 404 "},
+		{"a preface alone", h2Preface, "\x00\x00"},
+		{"HTTP/2, half a head", h2Preface + frame(frameSettings, 0, 0, "") + frame(frameHeaders, 0, 1, requestBlock("/ingest")), "\x00\x00"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			c := dial(t, relay.addr)
+			write(t, c, test.sent)
+			served(t, relay)
+			if said := ended(t, c); !strings.HasPrefix(said, test.answer) || test.answer == "" && said != "" {
+				t.Errorf("the relay said %q, want %q", said, test.answer)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		relay.awaitMetric(t, connectionsSeries, 0)
+		for _, r := range up.requests() {
+			if string(r.body) != "good" {
+				t.Errorf("a cut body was forwarded: %q", r.body)
+			}
+		}
+	})
+}
+
+// What is malformed or lies about itself is refused, and nothing of it is forwarded but what it said itself.
+func TestMalformedRequests(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, raw string
+		answers   []int // the connection ends after them
+		forwarded string
+	}{
+		{"huge header", ingestHead("X-Huge: " + strings.Repeat("a", maxHeader+8<<10) + "\r\n"), []int{431}, ""},
+		{"many headers", ingestHead(strings.Repeat("X-Many: a\r\n", maxHeader/8)), []int{431}, ""},
+		{"length and chunked", ingestHead("Content-Length: 4\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n") + "2\r\nab\r\n0\r\n\r\n", []int{200}, "ab"},
+		{"length and chunked, no end", ingestHead("Content-Length: 4\r\nTransfer-Encoding: chunked\r\n") + "abcd", []int{400}, ""},
+		{"two lengths", ingestHead("Content-Length: 4\r\nContent-Length: 5\r\n") + "abcde", []int{400}, ""},
+		{"negative length", ingestHead("Content-Length: -4\r\n") + "abcd", []int{400}, ""},
+		{"length with a sign", ingestHead("Content-Length: +4\r\n") + "abcd", []int{400}, ""},
+		{"unknown coding", ingestHead("Transfer-Encoding: gzip, chunked\r\n") + "0\r\n\r\n", []int{501}, ""},
+		{"bare LF in chunks", ingestHead("Transfer-Encoding: chunked\r\n") + "2\nab\n0\n\n", []int{400}, ""},
+		{"bare LF after a chunk", ingestHead("Transfer-Encoding: chunked\r\n") + "2\r\nab\n0\r\n\r\n", []int{400}, ""},
+		{"huge chunk size", ingestHead("Transfer-Encoding: chunked\r\n") + "ffffffffffffffffff\r\nab", []int{400}, ""},
+		{"space before the colon", ingestHead("X-Scope-OrgID : a\r\nContent-Length: 0\r\n"), []int{400}, ""},
+		{"folded header", ingestHead("X-Scope-OrgID: a\r\n b\r\nContent-Length: 0\r\nConnection: close\r\n"), []int{200}, ""},
+		{"length too long", ingestHead("Content-Length: 9\r\n") + "abcd", []int{400}, ""},
+		{"length too short", ingestHead("Content-Length: 2\r\n") + "abcd\r\n\r\n", []int{200, 400}, "ab"},
+		{"no host", "POST /ingest HTTP/1.1\r\nContent-Length: 0\r\n\r\n", []int{400}, ""},
+		{"not HTTP", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			up := newPeer(t, nil)
+			relay := start(t, "-upstream", up.URL, "-max-body-size", "1MiB")
+			c := dial(t, relay.addr)
+			go func() {
+				io.WriteString(c, test.raw) // the relay may have hung up before the end of it
+				c.CloseWrite()
+			}()
+			served(t, relay)
+			if got := answers(t, c); !slices.Equal(got, test.answers) {
+				t.Errorf("answers %v, want %v", got, test.answers)
+			}
+			forwarded := ""
+			for _, r := range up.requests() {
+				if r.target != "/ingest?name=good" {
+					forwarded += string(r.body)
+				}
+			}
+			if forwarded != test.forwarded {
+				t.Errorf("%q was forwarded, want %q", forwarded, test.forwarded)
+			}
+		})
+	}
+}
+
+// answers are the statuses of all answers on a connection, which ends after them.
+func answers(t testing.TB, c net.Conn) (statuses []int) {
+	t.Helper()
+	br := bufio.NewReader(c)
+	for {
+		resp, err := http.ReadResponse(br, &http.Request{Method: http.MethodPost})
+		if err != nil {
+			if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+				t.Fatal("the relay did not end the connection")
+			}
+			return statuses
+		}
+		io.Copy(io.Discard, resp.Body)
+		statuses = append(statuses, resp.StatusCode)
+	}
+}
+
+// HTTP/2 by hand (RFC 9113), for what no client library sends.
+const (
+	h2Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+	frameData, frameHeaders, frameReset, frameSettings, frameGoAway, frameContinuation byte = 0, 1, 3, 4, 7, 9
+	flagEnd, flagEndHeaders                                                            byte = 1, 4
+)
+
+func frame(kind, flags byte, stream uint32, payload string) string {
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(payload))<<8|uint32(kind))
+	return string(binary.BigEndian.AppendUint32(append(b, flags), stream)) + payload
+}
+
+// headerBlock is a list of names and values as literal fields without indexing (RFC 7541, section 6.2.2).
+func headerBlock(fields ...string) string {
+	var b []byte
+	for i, s := range fields {
+		if i%2 == 0 {
+			b = append(b, 0)
+		}
+		if len(s) < 127 {
+			b = append(b, byte(len(s)))
+		} else {
+			b = binary.AppendUvarint(append(b, 127), uint64(len(s)-127))
+		}
+		b = append(b, s...)
+	}
+	return string(b)
+}
+
+// requestBlock is the header block of a POST.
+func requestBlock(path string, fields ...string) string {
+	return headerBlock(append([]string{":method", "POST", ":scheme", "http", ":path", path, ":authority", "relay"}, fields...)...)
+}
+
+// dialHTTP2 opens an h2c connection and sends what must come first.
+func dialHTTP2(t testing.TB, addr string) *net.TCPConn {
+	t.Helper()
+	c := dial(t, addr)
+	write(t, c, h2Preface+frame(frameSettings, 0, 0, ""))
+	return c
+}
+
+// A gotFrame is one frame from the relay.
+type gotFrame struct {
+	kind, flags byte
+	stream      uint32
+	payload     []byte
+}
+
+// frames reads the relay's frames until one that f says is the last, or the end of the connection.
+func frames(t testing.TB, br *bufio.Reader, last func(gotFrame) bool) {
+	t.Helper()
+	var head [9]byte
+	for {
+		if _, err := io.ReadFull(br, head[:]); err != nil {
+			if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+				t.Fatal("the relay neither answered nor ended the connection")
+			}
+			return
+		}
+		f := gotFrame{kind: head[3], flags: head[4], stream: binary.BigEndian.Uint32(head[5:])}
+		f.payload = make([]byte, binary.BigEndian.Uint32(head[:4])>>8)
+		io.ReadFull(br, f.payload)
+		if last(f) {
+			return
+		}
+	}
+}
+
+// goAway is the error code of the GOAWAY that the relay ends the connection with; 0 if it said nothing.
+func goAway(t testing.TB, c net.Conn) (code uint32) {
+	t.Helper()
+	frames(t, bufio.NewReader(c), func(f gotFrame) bool {
+		if f.kind == frameGoAway {
+			code = binary.BigEndian.Uint32(f.payload[4:])
+		}
+		return false
+	})
+	return code
+}
+
+// A connection gets 250 requests at once; the one past that is refused, and the others are answered all the same.
+func TestStreamFlood(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if r.URL.RawQuery != "name=good" {
+			<-release
+		}
+	})
+	relay := start(t, "-upstream", up.URL)
+	c := dialHTTP2(t, relay.addr)
+	var flood strings.Builder
+	for i := range maxStreams + 1 {
+		flood.WriteString(frame(frameHeaders, flagEnd|flagEndHeaders, uint32(2*i+1), requestBlock("/ingest")))
+	}
+	write(t, c, flood.String())
+	br := bufio.NewReader(c)
+	frames(t, br, func(f gotFrame) bool {
+		if f.kind == frameReset && f.stream != 2*maxStreams+1 {
+			t.Errorf("stream %d was refused", f.stream)
+		}
+		return f.kind == frameReset
+	})
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", maxStreams)
+	served(t, relay)
+	close(release)
+	answered := 0
+	frames(t, br, func(f gotFrame) bool {
+		if f.flags&flagEnd != 0 && (f.kind == frameHeaders || f.kind == frameData) {
+			answered++
+		}
+		return answered == maxStreams
+	})
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+}
+
+// resets sends n requests of which each is reset at once. It does not stop when the relay hangs up.
+func resets(c *net.TCPConn, n int, flags byte) {
+	for i := range n {
+		id := uint32(2*i + 1)
+		io.WriteString(c, frame(frameHeaders, flags, id, requestBlock("/ingest"))+frame(frameReset, 0, id, "\x00\x00\x00\x08"))
+	}
+	c.CloseWrite()
+}
+
+// Requests that are begun and reset, over and over, reach no upstream and hold nothing afterwards.
+func TestRapidReset(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	c := dialHTTP2(t, relay.addr)
+	go resets(c, 3000, flagEndHeaders)
+	served(t, relay)
+	if code := goAway(t, c); code != 0 && code != 11 {
+		t.Errorf("GOAWAY with code %d, want 11 (ENHANCE_YOUR_CALM) or none", code)
+	}
+	relay.awaitMetric(t, connectionsSeries, 0)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+	relay.awaitMetric(t, inflightSeries, 0)
+	if n := len(up.requests()); n != 1 {
+		t.Errorf("%d requests arrived upstream, want that of the well-behaved client alone", n)
+	}
+}
+
+// Whole requests are delivered though they are reset, but never more than 250 of a connection at once, and a client
+// that goes on ends its connection.
+func TestRapidResetOfWholeRequests(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if r.URL.RawQuery != "name=good" {
+			<-release
+		}
+	})
+	relay := start(t, "-upstream", up.URL)
+	c := dialHTTP2(t, relay.addr)
+	go resets(c, 3000, flagEndHeaders|flagEnd)
+	if code := goAway(t, c); code != 11 {
+		t.Errorf("GOAWAY with code %d, want 11 (ENHANCE_YOUR_CALM)", code)
+	}
+	served(t, relay)
+	if n := relay.metric(t, "pyroscope_receive_http_inflight_requests"); n > maxStreams {
+		t.Errorf("%v requests in flight, want at most %d", n, maxStreams)
+	}
+	close(release)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+	relay.awaitMetric(t, connectionsSeries, 0)
+}
+
+// A head in endless CONTINUATION frames ends the connection, long before it fills the memory.
+func TestContinuationFlood(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL)
+	c := dialHTTP2(t, relay.addr)
+	sent := make(chan int)
+	go func() {
+		n := 0
+		write := func(s string) bool {
+			m, err := io.WriteString(c, s)
+			n += m
+			return err == nil
+		}
+		write(frame(frameHeaders, 0, 1, requestBlock("/ingest")))
+		for n < 64<<20 && write(frame(frameContinuation, 0, 1, headerBlock("x-flood", strings.Repeat("a", 8<<10)))) {
+		}
+		sent <- n
+	}()
+	served(t, relay)
+	goAway(t, c)
+	c.Close()
+	if n := <-sent; n >= 64<<20 {
+		t.Errorf("the relay read %d bytes of one head", n)
+	}
+	relay.awaitMetric(t, connectionsSeries, 0)
+}
+
+// A head over the limit is answered with 431 on HTTP/2 too, and the connection goes on.
+func TestHugeHeadHTTP2(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL)
+	c := newClient(t, "h2c")
+	var huge []string
+	for range 5 {
+		huge = append(huge, "X-Huge", strings.Repeat("a", maxHeader/4))
+	}
+	if resp := post(t, c, relay.url("/ingest"), nil, huge...); resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("status %d, want 431", resp.StatusCode)
+	}
+	if resp := post(t, c, relay.url("/ingest"), nil, "X-Large", strings.Repeat("a", maxHeader/2)); resp.StatusCode != http.StatusOK {
+		t.Errorf("status %d for half of it", resp.StatusCode)
+	}
+}
