@@ -42,7 +42,7 @@ const (
 const maxTenant = 150
 
 // lingerTime is how long the rest of a body is read after its request was refused.
-const lingerTime = 10 * time.Second
+const lingerTime = 10 * time.Second // at most -server-read-timeout
 
 // answerMargin is kept between the last moment of a delivery and the write timeout, for writing the answer.
 const answerMargin = 500 * time.Millisecond
@@ -525,12 +525,12 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		g.serve(w, r, routePush, g.push)
 	case "/ready":
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			g.plain(w, routeReady, http.StatusMethodNotAllowed, "use GET", "Allow", "GET, HEAD")
+			g.plain(w, r, routeReady, http.StatusMethodNotAllowed, "use GET", "Allow", "GET, HEAD")
 			return
 		}
 		g.metrics.request(routeReady, strconv.Itoa(writeReady(w, g.ready())))
 	default:
-		g.plain(w, routeOther, http.StatusNotFound, "not served here: profiles go to POST "+ingestPath+" or POST "+pushPath)
+		g.plain(w, r, routeOther, http.StatusNotFound, "not served here: profiles go to POST "+ingestPath+" or POST "+pushPath)
 	}
 }
 
@@ -543,11 +543,12 @@ func slashes(path string) string {
 }
 
 // plain answers what no protocol of ours has been recognised in; header is a list of names and values.
-func (g *gate) plain(w http.ResponseWriter, id routeID, status int, text string, header ...string) {
+func (g *gate) plain(w http.ResponseWriter, r *http.Request, id routeID, status int, text string, header ...string) {
 	for i := 0; i+1 < len(header); i += 2 {
 		w.Header().Set(header[i], header[i+1])
 	}
 	writeText(w, status, text+"\n")
+	g.linger(w, r)
 	g.metrics.request(id, strconv.Itoa(status))
 }
 
@@ -555,12 +556,12 @@ func (g *gate) plain(w http.ResponseWriter, id routeID, status int, text string,
 func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt route) {
 	start := time.Now()
 	if r.Method != http.MethodPost {
-		g.plain(w, id, http.StatusMethodNotAllowed, "use POST", "Allow", http.MethodPost)
+		g.plain(w, r, id, http.StatusMethodNotAllowed, "use POST", "Allow", http.MethodPost)
 		return
 	}
 	if err := g.origins.Check(r); err != nil {
 		g.metrics.rejected[rejectCrossOrigin].Add(1)
-		g.plain(w, id, http.StatusForbidden, "cross-origin requests from browsers are refused")
+		g.plain(w, r, id, http.StatusForbidden, "cross-origin requests from browsers are refused")
 		return
 	}
 	x, f := rt(r)
@@ -581,7 +582,7 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 			g.metrics.rejected[f.reason].Add(1)
 		}
 		if f.reason != rejectBodyRead {
-			g.linger(w, r, start)
+			g.linger(w, r)
 		}
 	}
 	g.metrics.request(id, code)
@@ -593,16 +594,16 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 // linger reads what is left of a body whose answer was written early, and forgets it. A client that sends everything
 // before it reads would otherwise find its connection reset instead of the answer. HTTP/2 needs no such thing, and a
 // client that waits for 100 Continue is not going to send.
-func (g *gate) linger(w http.ResponseWriter, r *http.Request, start time.Time) {
+func (g *gate) linger(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Header["Expect"] != nil {
 		return
 	}
-	until := time.Now().Add(lingerTime)
+	patience := lingerTime
 	if g.readTimeout > 0 {
-		until = earlier(until, start.Add(g.readTimeout))
+		patience = min(patience, g.readTimeout)
 	}
 	c := http.NewResponseController(w)
-	if c.Flush() == nil && c.SetReadDeadline(until) == nil {
+	if c.Flush() == nil && c.SetReadDeadline(time.Now().Add(patience)) == nil {
 		io.Copy(io.Discard, r.Body)
 	}
 }

@@ -396,3 +396,350 @@ func TestHugeHeadHTTP2(t *testing.T) {
 		t.Errorf("status %d for half of it", resp.StatusCode)
 	}
 }
+
+// A client that sends its whole body before it reads still gets to read why it was refused.
+func TestRefusalsAreReadable(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { <-release })
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "1MiB", "-max-inflight-bytes", "1MiB", "-delivery-timeout", "20s", "-remote-timeout", "20s", "-max-backoff-retries", "1")
+	full := dial(t, relay.addr)
+	write(t, full, ingestHead("Content-Length: 1048576\r\n")+strings.Repeat("x", 1<<20))
+	relay.awaitMetric(t, inflightSeries, 1<<20)
+	const size = 10 << 20
+	large := strings.Repeat("x", size)
+	for _, test := range []struct {
+		name, raw string
+		status    int
+	}{
+		{"declared too large", ingestHead("Content-Length: 10485760\r\n") + large, 413},
+		{"chunked, no room", ingestHead("Transfer-Encoding: chunked\r\n") + "a00000\r\n" + large + "\r\n0\r\n\r\n", 503},
+		{"declared, no room", ingestHead("Content-Length: 1048576\r\n") + large[:1<<20], 503},
+		{"two tenants", ingestHead("Content-Length: 10485760\r\nX-Scope-OrgID: a\r\nX-Scope-OrgID: b\r\n") + large, 400},
+		{"wrong path", "POST /other HTTP/1.1\r\nHost: relay\r\nContent-Length: 10485760\r\n\r\n" + large, 404},
+		{"wrong method", "PUT /ingest HTTP/1.1\r\nHost: relay\r\nContent-Length: 10485760\r\n\r\n" + large, 405},
+		{"cross-origin", ingestHead("Content-Length: 10485760\r\nSec-Fetch-Site: cross-site\r\n") + large, 403},
+		{"Push, too large", "POST " + pushPath + " HTTP/1.1\r\nHost: relay\r\nContent-Type: application/proto\r\nContent-Length: 10485760\r\n\r\n" + large, 400},
+		{"Push, unknown type", "POST " + pushPath + " HTTP/1.1\r\nHost: relay\r\nContent-Type: text/html\r\nContent-Length: 10485760\r\n\r\n" + large, 415},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			resp := sendRaw(t, relay.addr, []byte(test.raw)) // fails if the write does
+			if resp.StatusCode != test.status {
+				t.Errorf("status %d, want %d: %s", resp.StatusCode, test.status, resp.body)
+			}
+			if len(resp.body) == 0 {
+				t.Error("no word of why")
+			}
+			if retry := resp.Header.Get("Retry-After"); (test.status == 503) != (retry == "1") {
+				t.Errorf("Retry-After %q", retry)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		if n := len(up.requests()); n != 1 {
+			t.Errorf("%d requests arrived upstream, want the first alone", n)
+		}
+		close(release)
+	})
+}
+
+// A client that waits for 100 Continue is refused without it, and is not waited for.
+func TestRefusalInsteadOfContinue(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL, "-max-body-size", "1MiB")
+	c := dial(t, relay.addr)
+	write(t, c, ingestHead("Content-Length: 1048577\r\nExpect: 100-continue\r\n"))
+	if said := ended(t, c); !strings.HasPrefix(said, "HTTP/1.1 413 ") {
+		t.Errorf("the relay said %q", said)
+	}
+	c = dial(t, relay.addr)
+	write(t, c, ingestHead("Content-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n"))
+	br := bufio.NewReader(c)
+	if line, err := br.ReadString('\n'); line != "HTTP/1.1 100 Continue\r\n" {
+		t.Fatalf("the relay said %q: %v", line, err)
+	}
+	br.ReadString('\n')
+	write(t, c, "ok")
+	if resp := readResponse(t, br); resp.StatusCode != http.StatusOK {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+}
+
+// The routes of the data port.
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	eachProto(t, func(t *testing.T, c *http.Client) {
+		for _, test := range []struct {
+			method, path string
+			status       int
+			allow        string
+		}{
+			{"GET", "/ready", 200, ""},
+			{"HEAD", "/ready", 200, ""},
+			{"GET", "//ready", 200, ""},
+			{"POST", "/ready", 405, "GET, HEAD"},
+			{"GET", "/ingest", 405, "POST"},
+			{"PUT", "/pyroscope/ingest", 405, "POST"},
+			{"OPTIONS", "/ingest", 405, "POST"},
+			{"GET", pushPath, 405, "POST"},
+			{"POST", "/ingest", 200, ""},
+			{"POST", "//ingest", 200, ""},
+			{"POST", "///pyroscope//ingest", 200, ""},
+			{"POST", "/pyroscope/ingest", 200, ""},
+			{"POST", "/ingest/", 404, ""},
+			{"POST", "/x/../ingest", 404, ""},
+			{"POST", "/x/ingest", 404, ""},
+			{"POST", "/./ingest", 404, ""},
+			{"POST", "/INGEST", 404, ""},
+			{"POST", "/pyroscope" + pushPath, 404, ""},
+			{"GET", "/", 404, ""},
+			{"GET", "/metrics", 404, ""},
+			{"GET", "/debug/vars", 404, ""},
+			{"GET", "/debug/pprof/", 404, ""},
+		} {
+			r, err := http.NewRequestWithContext(t.Context(), test.method, relay.url(test.path), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := c.Transport.RoundTrip(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := readAll(t, resp)
+			if got.StatusCode != test.status || got.Header.Get("Allow") != test.allow {
+				t.Errorf("%s %s: %d, Allow %q, want %d, %q", test.method, test.path, got.StatusCode, got.Header.Get("Allow"), test.status, test.allow)
+			}
+		}
+		resp := post(t, c, relay.url("//pyroscope/ingest?from=1;2&name=a%20b&&"), nil)
+		got := up.requests()
+		if target := got[len(got)-1].target; resp.StatusCode != 200 || !strings.HasPrefix(target, "/ingest") {
+			t.Errorf("status %d, target %s", resp.StatusCode, target)
+		}
+	})
+}
+
+// What the relay itself refuses, in the words of each protocol, and what it counts.
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "1KiB")
+	long := strings.Repeat("t", maxTenant)
+	over := make([]byte, 1<<10+1)
+	for _, test := range []struct {
+		name   string
+		body   []byte
+		header []string
+		status int // on /ingest
+		code   code
+		reason string // "" = accepted
+	}{
+		{"nothing special", nil, nil, 200, 0, ""},
+		{"body at the limit", over[1:], nil, 200, 0, ""},
+		{"body over the limit", over, nil, 413, codeInvalidArgument, rejectBodySize},
+		{"tenant at the limit", nil, []string{"X-Scope-OrgID", long}, 200, 0, ""},
+		{"tenant over the limit", nil, []string{"X-Scope-OrgID", long + "t"}, 400, codeInvalidArgument, rejectTenant},
+		{"the same tenant twice", nil, []string{"X-Scope-OrgID", "a", "X-Scope-OrgID", "a"}, 200, 0, ""},
+		{"two tenants", nil, []string{"X-Scope-OrgID", "a", "X-Scope-OrgID", "b"}, 400, codeInvalidArgument, rejectTenant},
+		{"tenant with a tab", nil, []string{"X-Scope-OrgID", "a\tb"}, 400, codeInvalidArgument, rejectTenant},
+		{"tenant beyond ASCII", nil, []string{"X-Scope-OrgID", "\xc3\xa9"}, 400, codeInvalidArgument, rejectTenant},
+		{"another relay's mark", nil, []string{"Via", "1.1 pyroscope-relay-0123456789abcdef"}, 200, 0, ""},
+		{"from the same origin", nil, []string{"Sec-Fetch-Site", "same-origin", "Origin", "http://a"}, 200, 0, ""},
+	} {
+		eachProto(t, func(t *testing.T, c *http.Client) {
+			resp := post(t, c, relay.url("/ingest"), test.body, test.header...)
+			if resp.StatusCode != test.status {
+				t.Errorf("%s: /ingest answered %d, want %d: %s", test.name, resp.StatusCode, test.status, resp.body)
+			}
+			resp = post(t, c, relay.url(pushPath), test.body, append(test.header, "Content-Type", "application/proto")...)
+			name, status := test.code.describe()
+			if resp.StatusCode != status || test.code != codeOK && !strings.Contains(string(resp.body), `"`+name+`"`) {
+				t.Errorf("%s: Push answered %d, want %d: %s", test.name, resp.StatusCode, status, resp.body)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		for reason, want := range map[string]float64{rejectBodySize: 4, rejectTenant: 16, rejectInflight: 0, rejectBodyRead: 0} {
+			if got := relay.metric(t, rejectedSeries(reason)); got != want {
+				t.Errorf("%v requests counted as %s, want %v", got, reason, want)
+			}
+		}
+	})
+}
+
+// A browser's cross-origin request is refused.
+func TestCrossOrigin(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	c := newClient(t, "HTTP/1.1")
+	for _, header := range [][]string{
+		{"Sec-Fetch-Site", "cross-site"},
+		{"Sec-Fetch-Site", "same-site"},
+		{"Origin", "https://elsewhere.example"},
+	} {
+		for _, path := range []string{"/ingest", pushPath} {
+			if resp := post(t, c, relay.url(path), nil, append(header, "Content-Type", "application/json")...); resp.StatusCode != http.StatusForbidden {
+				t.Errorf("%v on %s: %d, want 403", header, path, resp.StatusCode)
+			}
+		}
+	}
+	if n := relay.metric(t, rejectedSeries(rejectCrossOrigin)); n != 6 || len(up.requests()) != 0 {
+		t.Errorf("%v counted, %d forwarded", n, len(up.requests()))
+	}
+}
+
+// A relay whose upstream leads back to it says so instead of going round.
+func TestLoop(t *testing.T) {
+	t.Parallel()
+	var relay *program
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		again, _ := http.NewRequest(http.MethodPost, relay.url(r.URL.Path), nil)
+		again.Header = r.Header
+		resp, err := http.DefaultTransport.RoundTrip(again)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer resp.Body.Close()
+		w.Header().Set("Content-Type", resp.Header.Get("Content-Type"))
+		w.WriteHeader(resp.StatusCode)
+		io.Copy(w, resp.Body)
+	})
+	relay = start(t, "-upstream", up.URL)
+	c := newClient(t, "HTTP/1.1")
+	if resp := post(t, c, relay.url("/ingest"), nil); resp.StatusCode != http.StatusLoopDetected {
+		t.Errorf("/ingest answered %d, want 508: %s", resp.StatusCode, resp.body)
+	}
+	resp := post(t, c, relay.url(pushPath), nil, "Content-Type", "application/proto")
+	if resp.StatusCode != http.StatusBadRequest || !strings.Contains(string(resp.body), `"failed_precondition"`) {
+		t.Errorf("Push answered %d: %s", resp.StatusCode, resp.body)
+	}
+	if n := relay.metric(t, rejectedSeries(rejectLoop)); n != 2 {
+		t.Errorf("%v loops counted, want 2", n)
+	}
+}
+
+// Only allow-listed headers go upstream, as they came.
+func TestForwardedHeaders(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-forward-header", "x-mine", "-forward-header", "X-Nominated")
+	c := dial(t, relay.addr)
+	write(t, c, ingestHead("Content-Length: 0\r\nContent-Type: text/a\r\nContent-Type: text/b\r\nContent-Encoding: x-own\r\nUser-Agent: Agent/1\r\n"+
+		"Accept: */*;a=1\r\nx-scope-orgid: tenant\r\nTraceparent: tp\r\nTracestate: ts\r\nUber-Trace-Id: ut\r\nX-Mine: 1\r\nX-Mine: 2\r\n"+
+		"X_Scope_OrgID: alias\r\nAuthorization: Basic c2VjcmV0\r\nCookie: secret\r\nForwarded: for=secret\r\nX-Forwarded-For: secret\r\n"+
+		"X-Forwarded-Host: secret\r\nX-Real-Ip: secret\r\nProxy-Authorization: secret\r\nTe: trailers\r\nX-Nominated: secret\r\n"+
+		"Keep-Alive: secret\r\nX-Other: secret\r\nVia: 1.0 before\r\nConnection: close, x-nominated\r\n"))
+	ended(t, c)
+	got := up.one(t).header
+	for name, want := range map[string][]string{
+		"Content-Type": {"text/a", "text/b"}, "Content-Encoding": {"x-own"}, "User-Agent": {"Agent/1"}, "Accept": {"*/*;a=1"},
+		"X-Scope-Orgid": {"tenant"}, "Traceparent": {"tp"}, "Tracestate": {"ts"}, "Uber-Trace-Id": {"ut"}, "X-Mine": {"1", "2"},
+	} {
+		if !slices.Equal(got[name], want) {
+			t.Errorf("%s: %q, want %q", name, got[name], want)
+		}
+		delete(got, name)
+	}
+	if via := got["Via"]; len(via) != 2 || via[0] != "1.0 before" || !strings.HasPrefix(via[1], "1.1 pyroscope-relay-") {
+		t.Errorf("Via: %q", via)
+	}
+	delete(got, "Via")
+	if len(got) != 0 {
+		t.Errorf("these went upstream too: %v", got)
+	}
+}
+
+// Connection may not take the tenant away from a request.
+func TestNominatedTenant(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	for _, line := range []string{"Connection: X-Scope-OrgID\r\n", "Connection: close\r\nConnection: a, x-scope-orgid\r\n", "Connection:x-scope-orgid\t,\r\n"} {
+		resp := sendRaw(t, relay.addr, []byte(ingestHead("Content-Length: 0\r\nX-Scope-OrgID: a\r\n"+line)))
+		if resp.StatusCode != http.StatusBadRequest {
+			t.Errorf("%q: %d, want 400", line, resp.StatusCode)
+		}
+	}
+	if n := relay.metric(t, rejectedSeries(rejectTenant)); n != 3 || len(up.requests()) != 0 {
+		t.Errorf("%v counted, %d forwarded", n, len(up.requests()))
+	}
+}
+
+// A body may have the size of -max-body-size and not a byte more, however it comes, and a refused one reaches nobody.
+func TestBodySize(t *testing.T) {
+	t.Parallel()
+	const most = 100 << 10 // more than the first step, and no power of two
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "100KiB", "-max-inflight-bytes", "100KiB")
+	eachProto(t, func(t *testing.T, c *http.Client) {
+		for _, chunked := range []bool{false, true} {
+			for _, size := range []int{0, 1, firstStep, most - 1, most, most + 1} {
+				var body io.Reader = strings.NewReader(strings.Repeat("b", size))
+				if chunked {
+					body = struct{ io.Reader }{body} // of a length that the client does not know
+				}
+				r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, relay.url("/ingest"), body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := c.Do(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				want := http.StatusOK
+				if size > most {
+					want = http.StatusRequestEntityTooLarge
+				}
+				if got := readAll(t, resp); got.StatusCode != want {
+					t.Errorf("%d bytes, chunked %v: %d, want %d: %s", size, chunked, got.StatusCode, want, got.body)
+				}
+			}
+		}
+	})
+	t.Cleanup(func() {
+		for _, r := range up.requests() {
+			if len(r.body) > most {
+				t.Errorf("%d bytes were forwarded", len(r.body))
+			}
+		}
+		if n := relay.metric(t, inflightSeries); n != 0 {
+			t.Errorf("%v bytes still held", n)
+		}
+	})
+}
+
+// A body that its client cuts short reaches no upstream.
+func TestCutBodies(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	for _, raw := range []string{
+		ingestHead("Content-Length: 10\r\n") + "12345",
+		ingestHead("Content-Length: 10\r\n"),
+		ingestHead("Transfer-Encoding: chunked\r\n") + "a\r\n12345",
+		ingestHead("Transfer-Encoding: chunked\r\n") + "5\r\n12345\r\n",
+		ingestHead("Transfer-Encoding: chunked\r\n") + "5\r\n12345\r\n0\r\n",
+	} {
+		c := dial(t, relay.addr)
+		write(t, c, raw)
+		c.CloseWrite()
+		if got := answers(t, c); !slices.Equal(got, []int{http.StatusBadRequest}) {
+			t.Errorf("%q: answers %v, want 400", raw, got)
+		}
+	}
+	c := dialHTTP2(t, relay.addr)
+	write(t, c, frame(frameHeaders, flagEndHeaders, 1, requestBlock("/ingest", "content-length", "10"))+frame(frameData, 0, 1, "12345")+
+		frame(frameHeaders, flagEndHeaders, 3, requestBlock("/ingest", "content-length", "10"))+frame(frameData, flagEnd, 3, "12345")+
+		frame(frameHeaders, flagEndHeaders, 5, requestBlock("/ingest"))+frame(frameData, 0, 5, "12345")+frame(frameReset, 0, 5, "\x00\x00\x00\x08"))
+	relay.awaitMetric(t, rejectedSeries(rejectBodyRead), 7)
+	c.Close()
+	relay.awaitMetric(t, rejectedSeries(rejectBodyRead), 8)
+	if n := len(up.requests()); n != 0 {
+		t.Errorf("%d cut bodies were forwarded", n)
+	}
+	relay.awaitMetric(t, inflightSeries, 0)
+}
