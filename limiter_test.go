@@ -2,14 +2,19 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -742,4 +747,514 @@ func TestCutBodies(t *testing.T) {
 		t.Errorf("%d cut bodies were forwarded", n)
 	}
 	relay.awaitMetric(t, inflightSeries, 0)
+}
+
+// At the limit the longest idle connection makes room, on HTTP/1 and HTTP/2, and a busy one never does.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if r.URL.RawQuery == "name=busy" {
+			<-release
+		}
+	})
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "3")
+	busy := dial(t, relay.addr)
+	write(t, busy, "POST /ingest?name=busy HTTP/1.1\r\nHost: relay\r\nContent-Length: 0\r\n\r\n")
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 1)
+	first := dial(t, relay.addr)
+	keepAlive(t, first)
+	h2 := newClient(t, "h2c")
+	post(t, h2, relay.url("/ingest"), nil)
+	relay.awaitMetric(t, connectionsSeries, 3)
+	second := dial(t, relay.addr)
+	keepAlive(t, second) // takes the place of first
+	if said := ended(t, first); said != "" {
+		t.Errorf("the reclaimed connection was told %q", said)
+	}
+	third := dial(t, relay.addr)
+	keepAlive(t, third) // takes the place of the HTTP/2 connection
+	keepAlive(t, second)
+	if reclaimed, waits := relay.metric(t, reclaimedSeries), relay.metric(t, waitsSeries); reclaimed != 2 || waits != 2 {
+		t.Errorf("%v reclaimed, %v waited, want 2 of both", reclaimed, waits)
+	}
+	if n := relay.metric(t, connectionsSeries); n != 3 {
+		t.Errorf("%v connections, want 3", n)
+	}
+	post(t, h2, relay.url("/ingest"), nil) // its client notices, and takes the place of third
+	close(release)
+	if resp := readResponse(t, bufio.NewReader(busy)); resp.StatusCode != http.StatusOK {
+		t.Errorf("the busy connection got %d", resp.StatusCode)
+	}
+	if n := strings.Count(relay.stderr.String(), "connection limit reached"); n != 1 {
+		t.Errorf("%d warnings, want 1", n)
+	}
+}
+
+// When nobody is idle, a client waits for the first answer, and that says that its connection ends.
+func TestBusyConnectionMakesRoomWithItsAnswer(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { <-release })
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "1")
+	busy, waiting := dial(t, relay.addr), dial(t, relay.addr)
+	write(t, busy, ingestHead("Content-Length: 0\r\n"))
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 1)
+	write(t, waiting, ingestHead("Content-Length: 0\r\n"))
+	relay.awaitMetric(t, waitsSeries, 1)
+	close(release)
+	resp := readResponse(t, bufio.NewReader(busy))
+	if resp.StatusCode != http.StatusOK || !resp.Close {
+		t.Errorf("the busy connection got %d, close %v", resp.StatusCode, resp.Close)
+	}
+	if resp := readResponse(t, bufio.NewReader(waiting)); resp.StatusCode != http.StatusOK || resp.Close {
+		t.Errorf("the waiting one got %d, close %v", resp.StatusCode, resp.Close)
+	}
+}
+
+// Many more clients than slots, all of them busy and idle in turn: each gets every answer, and no slot is lost.
+func TestChurnAtTheLimit(t *testing.T) {
+	t.Parallel()
+	const limit, clients, rounds = 4, 24, 6
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "4")
+	var all sync.WaitGroup
+	for i := range clients {
+		c := newClient(t, []string{"HTTP/1.1", "h2c"}[i%2])
+		all.Go(func() {
+			for range rounds {
+				resp, err := tryPost(t.Context(), c, relay.url("/ingest"), []byte("x"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if resp.Body.Close(); resp.StatusCode != http.StatusOK {
+					t.Errorf("status %d", resp.StatusCode)
+				}
+				c.CloseIdleConnections() // a request that crosses with the closing of its connection would be lost
+			}
+		})
+	}
+	all.Wait()
+	if n := relay.metric(t, connectionsSeries); n > limit {
+		t.Errorf("%v connections, the limit is %d", n, limit)
+	}
+	if n := len(up.requests()); n != clients*rounds {
+		t.Errorf("%d requests arrived, want %d", n, clients*rounds)
+	}
+}
+
+// Thousands of connections that end in every way leave neither a slot taken nor a goroutine behind.
+func TestAbortedConnectionsLeaveNothing(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { w.Header().Set("Connection", "close") })
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "64")
+	served(t, relay)
+	relay.awaitMetric(t, connectionsSeries, 0)
+	before := relay.metric(t, "go_goroutines")
+	starts := []string{
+		"", "POST", ingestHead("Content-Length: 10\r\n") + "123", ingestHead("Transfer-Encoding: chunked\r\n") + "5\r\n1",
+		"PRI * HT", h2Preface, h2Preface + frame(frameSettings, 0, 0, "") + frame(frameHeaders, flagEndHeaders, 1, requestBlock("/ingest")),
+		ingestHead("Content-Length: 2\r\n") + "ok", "\x16\x03\x01", "junk\r\n\r\n",
+	}
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			for i := range 250 {
+				c, err := net.Dial("tcp", relay.addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				io.WriteString(c, starts[i%len(starts)])
+				if i%3 > 0 {
+					c.(*net.TCPConn).SetLinger(0) // a reset
+				}
+				c.Close()
+			}
+		})
+	}
+	all.Wait()
+	relay.awaitMetric(t, connectionsSeries, 0)
+	relay.awaitMetric(t, inflightSeries, 0)
+	served(t, relay)
+	eventually(t, "the goroutines are gone", func() bool { return relay.metric(t, "go_goroutines") <= before+2 })
+	relay.stop(t)
+}
+
+// pipes is a listener whose connections are pipes in memory.
+type pipes struct {
+	offered chan net.Conn
+	closed  chan struct{}
+	once    sync.Once
+}
+
+func newPipes() *pipes { return &pipes{offered: make(chan net.Conn), closed: make(chan struct{})} }
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.offered:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error {
+	p.once.Do(func() { close(p.closed) })
+	return nil
+}
+
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (p *pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p.offered <- server
+	return client
+}
+
+// acceptOne is a connection that l accepts, and its other end.
+func acceptOne(t *testing.T, p *pipes, l *connLimiter) (*limitedConn, net.Conn) {
+	t.Helper()
+	type result struct {
+		c   net.Conn
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		c, err := l.Accept()
+		done <- result{c, err}
+	}()
+	client := p.dial()
+	got := <-done
+	if got.err != nil {
+		t.Fatal(got.err)
+	}
+	return got.c.(*limitedConn), client
+}
+
+// reader notes what a Read in the background comes to.
+func reader(c net.Conn) <-chan string {
+	done := make(chan string, 1)
+	go func() {
+		b := make([]byte, 100)
+		n, err := c.Read(b)
+		done <- fmt.Sprint(string(b[:n]), err)
+	}()
+	return done
+}
+
+const cut = "i/o timeout" // what a reclaimed connection reads
+
+// rest brings a connection to where the server waits for its next request.
+func rest(t *testing.T, l *connLimiter, c *limitedConn, client net.Conn, request string) {
+	t.Helper()
+	got := reader(c)
+	write(t, client, request)
+	if s := <-got; s != request+"<nil>" {
+		t.Fatalf("read %q", s)
+	}
+	l.state(c, http.StateActive)
+	go io.ReadFull(client, make([]byte, 2))
+	c.Write([]byte("ok"))
+	l.state(c, http.StateIdle)
+}
+
+// inBubble runs a test of a limiter with fake time.
+func inBubble(t *testing.T, limit int, test func(t *testing.T, p *pipes, l *connLimiter, m *metrics)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m, p := newMetrics(), newPipes()
+		l := limitListener(p, limit, m, slog.New(slog.DiscardHandler))
+		defer l.Close()
+		test(t, p, l, m)
+	})
+}
+
+// park makes one more connection wait, until the test accepts it from the channel.
+func park(p *pipes, l *connLimiter) <-chan net.Conn {
+	done := make(chan net.Conn, 1)
+	go func() {
+		c, _ := l.Accept()
+		done <- c
+	}()
+	p.dial()
+	synctest.Wait()
+	return done
+}
+
+func TestIdleConnectionIsLookedAtOnceMore(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, "GET")
+		c.SetReadDeadline(time.Now().Add(time.Hour)) // as the server does
+		got := reader(c)
+		next := park(p, l)
+		time.Sleep(lastLook / 2)
+		write(t, client, "late") // the request crosses with the wish to close
+		if s := <-got; s != "late<nil>" {
+			t.Fatalf("the request was lost: %s", s)
+		}
+		l.state(c, http.StateActive)
+		time.Sleep(time.Minute)
+		if len(next) != 0 || m.reclaimed.Value() != 0 {
+			t.Fatal("a busy connection was reclaimed")
+		}
+		got = reader(c)
+		time.Sleep(time.Hour) // the server's own deadline was put back
+		if s := <-got; s != cut {
+			t.Fatalf("read %s", s)
+		}
+		c.Close()
+		c.Close()
+		(<-next).Close()
+		if m.connections.Value() != 0 || len(l.slots) != 0 {
+			t.Errorf("%d connections, %d slots taken", m.connections.Value(), len(l.slots))
+		}
+	})
+}
+
+func TestReclaimedConnectionEnds(t *testing.T) {
+	inBubble(t, 2, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		longest, client := acceptOne(t, p, l)
+		rest(t, l, longest, client, "GET")
+		other, client := acceptOne(t, p, l)
+		rest(t, l, other, client, "GET")
+		gone, stays := reader(longest), reader(other)
+		start := time.Now()
+		next := park(p, l)
+		if s := <-gone; s != cut || time.Since(start) != lastLook {
+			t.Fatalf("read %s after %v", s, time.Since(start))
+		}
+		if s := <-reader(longest); s != cut {
+			t.Fatalf("read again: %s", s)
+		}
+		longest.Close()
+		l.state(longest, http.StateClosed)
+		c := <-next
+		time.Sleep(time.Second)
+		if len(stays) != 0 || m.reclaimed.Value() != 1 || m.limitWaits.Value() != 1 || m.connections.Value() != 2 {
+			t.Errorf("reclaimed %v, waits %v, connections %v", m.reclaimed, m.limitWaits, m.connections)
+		}
+		c.Close()
+		other.Close()
+		<-stays
+	})
+}
+
+func TestRoomMadeByAnother(t *testing.T) {
+	inBubble(t, 2, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		idle, client := acceptOne(t, p, l)
+		rest(t, l, idle, client, "GET")
+		busy, _ := acceptOne(t, p, l)
+		next := park(p, l) // asks idle, whose server has not come to read yet
+		busy.Close()
+		c := <-next
+		got := reader(idle)
+		time.Sleep(time.Second)
+		if len(got) != 0 || m.reclaimed.Value() != 0 {
+			t.Fatal("an idle connection was closed although the room was there")
+		}
+		park(p, l) // and it is the first to go the next time
+		if s := <-got; s != cut {
+			t.Errorf("read %s", s)
+		}
+		idle.Close()
+		c.Close()
+	})
+}
+
+func TestHTTP2ConnectionMustBeQuiet(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got := reader(c)
+		next := park(p, l)
+		if s := <-got; s != cut {
+			t.Fatalf("read %s", s)
+		}
+		c.Close()
+		c = (<-next).(*limitedConn)
+		_ = c.Close()
+
+		c, client = acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got = reader(c)
+		write(t, client, "half a head")
+		<-got
+		got = reader(c)
+		start := time.Now()
+		next = park(p, l)
+		time.Sleep(quietHTTP2 - time.Millisecond)
+		if len(got) != 0 {
+			t.Fatal("closed while a request may have been arriving")
+		}
+		if s := <-got; s != cut || time.Since(start) != quietHTTP2 {
+			t.Errorf("read %s after %v", s, time.Since(start))
+		}
+		c.Close()
+		(<-next).Close()
+	})
+}
+
+// A pinged connection stays on the list, and one that begins a request leaves it.
+func TestHTTP2ConnectionBecomesActive(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got := reader(c)
+		next := park(p, l)
+		write(t, client, "a head")
+		<-got
+		l.state(c, http.StateActive)
+		got = reader(c)
+		time.Sleep(time.Hour)
+		if len(got) != 0 || len(next) != 0 {
+			t.Fatal("a connection with a request was closed")
+		}
+		l.state(c, http.StateIdle)
+		if s := <-got; s != cut {
+			t.Errorf("read %s", s)
+		}
+		c.Close()
+		(<-next).Close()
+	})
+}
+
+func TestCloseSeesArrivalsThrough(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		silent, _ := acceptOne(t, p, l)
+		got, next := reader(silent), park(p, l)
+		start := time.Now()
+		l.Close()
+		l.Close()
+		late := (<-next).(*limitedConn) // over the limit rather than lost
+		if s := <-got; s != cut || time.Since(start) != arrivalTime {
+			t.Errorf("a silent connection ended with %s after %v", s, time.Since(start))
+		}
+		silent.Close()
+		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept after Close: %v", err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		go func() {
+			<-reader(late)
+			late.Close()
+		}()
+		if !l.wait(ctx) || len(l.slots) != 0 || m.connections.Value() != 0 {
+			t.Errorf("%d slots, %v connections left", len(l.slots), m.connections)
+		}
+	})
+}
+
+func TestConnectionWithoutLimit(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		for range 3 {
+			acceptOne(t, p, l)
+		}
+		if m.connections.Value() != 3 || l.wantsRoom() {
+			t.Errorf("%v connections, wants room %v", m.connections, l.wantsRoom())
+		}
+	})
+}
+
+// The budget is given in the order of the claims, to the last byte and not beyond it.
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMetrics()
+		b := &budget{free: 100, metrics: m}
+		if !b.take(t.Context(), 100, roomWait) || !b.take(t.Context(), 0, roomWait) {
+			t.Fatal("there was room")
+		}
+		start := time.Now()
+		if b.take(t.Context(), 1, roomWait) || time.Since(start) != roomWait {
+			t.Fatalf("one past the limit: waited %v", time.Since(start))
+		}
+		gone, leave := context.WithCancel(t.Context())
+		large, small := make(chan bool, 1), make(chan bool, 1)
+		go func() { large <- b.take(gone, 60, time.Hour) }()
+		synctest.Wait()
+		go func() { small <- b.take(t.Context(), 10, time.Hour) }()
+		synctest.Wait()
+		b.give(50)
+		synctest.Wait()
+		if len(large)+len(small) != 0 {
+			t.Fatal("a claim was passed over")
+		}
+		leave()
+		if <-large || !<-small {
+			t.Fatal("the claim behind one that was given up must be served")
+		}
+		if b.give(10); m.inflightBytes.Value() != 50 || b.free != 50 {
+			t.Errorf("%v counted, %d free", m.inflightBytes, b.free)
+		}
+	})
+}
+
+// trickle is a body that comes in pieces, with pauses.
+type trickle struct {
+	pieces []string
+	pause  time.Duration
+	end    error
+}
+
+func (b *trickle) Read(p []byte) (int, error) {
+	if len(b.pieces) == 0 {
+		return 0, b.end
+	}
+	time.Sleep(b.pause)
+	n := copy(p, b.pieces[0])
+	if b.pieces[0] = b.pieces[0][n:]; b.pieces[0] == "" {
+		b.pieces = b.pieces[1:]
+	}
+	return n, nil
+}
+
+func (b *trickle) Close() error { return nil }
+
+// A body takes room as its bytes come, waits for it, and gives all of it back when it fails.
+func TestReadTakesRoomAsItGoes(t *testing.T) {
+	t.Parallel()
+	const kib = 1 << 10
+	piece := strings.Repeat("p", 48*kib)
+	for _, test := range []struct {
+		name         string
+		proto        int
+		length, room int64
+		body         trickle
+		charged      int64
+		status       int // 0: read
+		after        time.Duration
+	}{
+		{"empty", 1, 0, 0, trickle{end: io.EOF}, 0, 0, 0},
+		{"declared", 1, 96 * kib, 96 * kib, trickle{[]string{piece, piece}, 0, io.EOF}, 96 * kib, 0, 0},
+		{"declared, room one short", 1, 96 * kib, 96*kib - 1, trickle{end: io.EOF}, 0, 503, roomWait},
+		{"chunked", 1, -1, 1 << 20, trickle{[]string{piece}, 0, io.EOF}, 64 * kib, 0, 0},
+		{"chunked, a full buffer is not grown", 1, -1, 64 * kib, trickle{[]string{piece, piece[:16*kib]}, 0, io.EOF}, 64 * kib, 0, 0},
+		{"chunked, room runs out", 1, -1, 127 * kib, trickle{[]string{piece, piece}, time.Second, io.EOF}, 0, 503, 3*time.Second + roomWait},
+		{"HTTP/2 declares much, sends little", 2, 1 << 20, 64 * kib, trickle{[]string{"p"}, 0, io.ErrUnexpectedEOF}, 0, 400, 0},
+		{"at the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20)}, 0, io.EOF}, 1 << 20, 0, 0},
+		{"past the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20), "p"}, 0, io.EOF}, 0, 413, 0},
+		{"declared past the limit", 1, 1<<20 + 1, 0, trickle{}, 0, 413, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newMetrics()
+				g := &gate{maxBody: 1 << 20, room: &budget{free: test.room, metrics: m}, metrics: m}
+				want := strings.Join(test.body.pieces, "")
+				r := &http.Request{ProtoMajor: test.proto, ContentLength: test.length, Body: &test.body}
+				start := time.Now()
+				body, charged, f := g.read(r, routeIngest, roomWait)
+				switch {
+				case f == nil && (test.status != 0 || string(body) != want), f != nil && f.status != test.status:
+					t.Errorf("fault %v, %d bytes", f, len(body))
+				case charged != test.charged || m.inflightBytes.Value() != charged || time.Since(start) != test.after:
+					t.Errorf("charged %d, counted %v, after %v", charged, m.inflightBytes, time.Since(start))
+				}
+			})
+		})
+	}
 }
