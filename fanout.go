@@ -22,6 +22,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -434,13 +435,21 @@ type upstream struct {
 	log      *slog.Logger
 	health   health
 	refusals throttle
+
+	pending, pendingBytes atomic.Int64 // profiles being delivered
 }
 
 // deliver offers p until the upstream takes it, refuses it, or retries or the time of ctx run out. It is the only
 // place that retries. It ends early when ctx is cancelled.
 func (u *upstream) deliver(ctx context.Context, p *payload) outcome {
 	start := time.Now()
-	defer func() { u.metrics.whole[p.route].observe(time.Since(start)) }()
+	u.pending.Add(1)
+	u.pendingBytes.Add(int64(len(p.body)))
+	defer func() {
+		u.pending.Add(-1)
+		u.pendingBytes.Add(-int64(len(p.body)))
+		u.metrics.whole[p.route].observe(time.Since(start))
+	}()
 	for n := 0; ; n++ {
 		out := u.attempt(ctx, p, n)
 		wait := u.retry.delay(n, out.wait, rand.Float64())
@@ -754,4 +763,17 @@ func (f *fanout) wait(ctx context.Context) bool {
 	case <-ctx.Done():
 		return false
 	}
+}
+
+// abandon counts the profiles that are still being delivered as dropped, because the process is about to end, and
+// returns a line for each upstream that has some.
+func (f *fanout) abandon() (lines []string) {
+	for _, u := range slices.Concat(f.required, f.mirrors) {
+		if n := u.pending.Load(); n > 0 {
+			u.metrics.droppedRequests[dropShutdown].Add(n)
+			u.metrics.droppedBytes[dropShutdown].Add(u.pendingBytes.Load())
+			lines = append(lines, fmt.Sprintf("%s: %d", u.name, n))
+		}
+	}
+	return lines
 }

@@ -97,6 +97,13 @@ func start(t testing.TB, args ...string) *program {
 func startEnv(t testing.TB, env []string, args ...string) *program {
 	t.Helper()
 	p := command(t, env, append([]string{"-listen-address", "127.0.0.1", "-listen-port", "0", "-admin-address", "127.0.0.1:0"}, args...)...)
+	p.begin(t)
+	return p
+}
+
+// begin starts a prepared relay, which runs until the test ends, and waits until it listens.
+func (p *program) begin(t testing.TB) {
+	t.Helper()
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +139,6 @@ func startEnv(t testing.TB, env []string, args ...string) *program {
 		}
 		return true
 	})
-	return p
 }
 
 // tail is the end of a long log.

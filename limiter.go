@@ -41,17 +41,28 @@ const (
 // maxTenant is the longest tenant ID Pyroscope takes, in bytes.
 const maxTenant = 150
 
+// lingerTime is how long the rest of a body is read after its request was refused.
+const lingerTime = 10 * time.Second // at most -server-read-timeout
+
 // answerMargin is kept between the last moment of a delivery and the write timeout, for writing the answer.
 const answerMargin = 500 * time.Millisecond
 
 // lastLook is how long a connection that is to make room is read once more: bytes that came meanwhile save it.
-const lastLook = 20 * time.Millisecond
+const lastLook = 5 * time.Millisecond
+
+// quietHTTP2 is how long an idle HTTP/2 connection must have been silent before it is closed to make room: bytes may be
+// a ping, but also the first part of a request that the server has not recognised yet.
+const quietHTTP2 = 250 * time.Millisecond
+
+// arrivalTime is how long, when the relay stops, a connection may take from its first moment to its first byte, and
+// from the closing of the listener to the end of a request's head.
+const arrivalTime = time.Second
 
 // A connLimiter is a listener that has at most so many of its connections open. At the limit the next connection is
 // accepted and parked; it gets the slot of the first that closes, and the longest idle one is asked to.
 //
 // It goes below TLS, and its state method into http.Server.ConnState. Accept returns only the errors of the listener
-// inside; Close ends an Accept that waits for a slot.
+// inside; Close ends an Accept that waits for a slot, and asks every idle connection to go.
 type connLimiter struct {
 	net.Listener
 	slots   chan struct{} // a semaphore; nil: no limit
@@ -61,15 +72,17 @@ type connLimiter struct {
 	log     *slog.Logger
 	full    throttle
 
-	mu     sync.Mutex
-	idle   list.List // of *limitedConn, the longest idle first
-	parked bool      // a connection waits for a slot
-	asked  bool      // some connection was asked to make room for it
+	mu       sync.Mutex
+	open     map[*limitedConn]bool
+	idle     list.List // of *limitedConn, the longest idle first
+	parked   bool      // a connection waits for a slot
+	asked    bool      // room is being made for it
+	stopping bool
 }
 
 // limitListener lets limit connections of l be open at once, 0 = any number.
 func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *connLimiter {
-	c := &connLimiter{Listener: l, closed: make(chan struct{}), metrics: m, log: log}
+	c := &connLimiter{Listener: l, closed: make(chan struct{}), metrics: m, log: log, open: map[*limitedConn]bool{}}
 	if limit > 0 {
 		c.slots = make(chan struct{}, limit)
 	}
@@ -78,28 +91,69 @@ func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *con
 }
 
 func (l *connLimiter) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
+	nc, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	if !l.acquire() {
-		c.Close()
-		return nil, net.ErrClosed
-	}
+	c := &limitedConn{Conn: nc, limiter: l, heard: time.Now()}
+	c.slot = l.acquire()
 	l.metrics.connections.Add(1)
-	return &limitedConn{Conn: c, limiter: l}, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open[c] = true
+	if l.stopping {
+		c.askLocked()
+	}
+	return c, nil
 }
 
+// Close stops accepting and lets the connections go that wait for a request, bytes that have arrived being looked at
+// first. It may be called again.
 func (l *connLimiter) Close() error {
-	err := l.Listener.Close()
-	l.close.Do(func() { close(l.closed) })
+	var err error
+	l.close.Do(func() {
+		err = l.Listener.Close()
+		close(l.closed)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.stopping = true
+		l.askLocked()
+		for c := range l.open {
+			if !c.begun {
+				c.askLocked()
+			}
+		}
+	})
 	return err
 }
 
-// acquire takes a slot, waiting for one if need be; false once the listener is closed.
+// wait returns once no connection is open, or with false when ctx ends first. Requests get arrivalTime to arrive: after
+// it, connections that the server does not serve are closed. Call it after Close.
+func (l *connLimiter) wait(ctx context.Context) bool {
+	late := time.Now().Add(arrivalTime)
+	for {
+		l.mu.Lock()
+		left := len(l.open)
+		for c := range l.open {
+			if !c.serving && time.Now().After(late) {
+				c.Conn.Close() // the server closes c, and thereby frees the slot
+			}
+		}
+		l.mu.Unlock()
+		if left == 0 {
+			return true
+		}
+		if !sleep(ctx, lastLook) {
+			return false
+		}
+	}
+}
+
+// acquire takes a slot, waiting for one if need be. It does not get one if there is no limit, or once the listener is
+// closed: the connection that waited then is served over the limit, so that its request is not lost.
 func (l *connLimiter) acquire() bool {
 	if l.slots == nil {
-		return true
+		return false
 	}
 	select {
 	case l.slots <- struct{}{}:
@@ -107,7 +161,8 @@ func (l *connLimiter) acquire() bool {
 	default:
 	}
 	l.metrics.limitWaits.Add(1)
-	l.full.log(l.log, slog.LevelWarn, "connection limit reached: the next client waits", "limit", cap(l.slots), "waits", l.metrics.limitWaits.Value())
+	l.full.log(l.log, slog.LevelWarn, "connection limit reached: new clients wait for a free slot (-conn-limit)",
+		"limit", cap(l.slots), "waited_so_far", l.metrics.limitWaits.Value())
 	l.park(true)
 	defer l.park(false)
 	select {
@@ -123,18 +178,15 @@ func (l *connLimiter) park(waiting bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.parked, l.asked = waiting, false
-	if waiting {
-		l.askLocked()
-	}
+	l.askLocked()
 }
 
-// askLocked asks the longest idle connection to make room, if room is wanted and nobody was asked yet.
+// askLocked asks the longest idle connection to make room, if room is wanted and nobody was asked yet; all of them when
+// the relay stops.
 func (l *connLimiter) askLocked() {
-	if e := l.idle.Front(); l.parked && !l.asked && e != nil {
+	for e := l.idle.Front(); e != nil && (l.stopping || l.parked && !l.asked); e = l.idle.Front() {
 		l.asked = true
-		c := l.idle.Remove(e).(*limitedConn)
-		c.place, c.leaving, c.looked = nil, true, false
-		c.Conn.SetReadDeadline(time.Unix(1, 0)) // wakes the Read it waits in
+		e.Value.(*limitedConn).askLocked()
 	}
 }
 
@@ -159,12 +211,12 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 		nc = t.NetConn()
 	}
 	c, ok := nc.(*limitedConn)
-	if !ok || l.slots == nil {
+	if !ok || s == http.StateNew || s == http.StateClosed {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c.h2 = c.h2 || h2
+	c.known, c.serving, c.h2 = true, s != http.StateIdle, c.h2 || h2
 	c.busyLocked()
 	if s == http.StateIdle && (c.h2 || !c.unanswered.Load()) {
 		c.idleLocked()
@@ -172,21 +224,26 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 }
 
 // A limitedConn gives its slot back when it is closed for the first time. While the server thinks it idle, it may be
-// asked to make room: its Read is woken, looks for bytes once more, and reports the end of the stream if there are
-// none. No request is lost that way: a connection that bytes were read from is no longer idle.
+// asked to make room: its Read is woken, looks for bytes once more, and reports a timeout if there are none, whereupon
+// the server closes it. No request is lost that way: a connection that bytes were read from is no longer idle.
 type limitedConn struct {
 	net.Conn
 	limiter    *connLimiter
+	slot       bool // it holds one; constant
 	once       sync.Once
-	begun      bool        // bytes were read; for Read alone
 	unanswered atomic.Bool // bytes were read since the last Write
 	resting    atomic.Bool // place != nil or leaving
 
-	// Under limiter.mu.
+	// Under limiter.mu. begun is changed by Read alone, which therefore may read it without.
+	begun    bool          // a byte was read
+	known    bool          // the server has seen a request, or an HTTP/2 preface
+	serving  bool          // the server is at a request
 	place    *list.Element // in limiter.idle
 	leaving  bool          // asked to make room
 	looked   bool          // its last look has begun
+	gone     bool          // from now on every Read that finds nothing reports a timeout
 	h2       bool
+	heard    time.Time // when bytes came while it was idle; when it was accepted
 	deadline time.Time // for reading, as the server set it
 }
 
@@ -195,13 +252,24 @@ func (c *limitedConn) Close() error {
 		l := c.limiter
 		l.mu.Lock()
 		c.unlistLocked()
+		c.leaving = false
+		delete(l.open, c)
 		l.mu.Unlock()
 		l.metrics.connections.Add(-1)
-		if l.slots != nil {
+		if c.slot {
 			<-l.slots
 		}
 	})
 	return c.Conn.Close()
+}
+
+// CloseWrite ends the relay's side alone: the server does so when a client may still be sending, to let it read the
+// answer.
+func (c *limitedConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
 }
 
 func (c *limitedConn) unlistLocked() {
@@ -226,6 +294,14 @@ func (c *limitedConn) idleLocked() {
 	c.place = c.limiter.idle.PushBack(c)
 	c.resting.Store(true)
 	c.limiter.askLocked()
+}
+
+// askLocked asks c to make room. It wakes the Read that c waits in; woken does the rest.
+func (c *limitedConn) askLocked() {
+	c.unlistLocked()
+	c.resting.Store(true)
+	c.leaving, c.looked = true, false
+	c.Conn.SetReadDeadline(time.Unix(1, 0))
 }
 
 func (c *limitedConn) Write(p []byte) (int, error) {
@@ -253,38 +329,62 @@ func (c *limitedConn) Read(p []byte) (int, error) {
 // idle, for the shortest time of all, until the server says that they began a request.
 func (c *limitedConn) stir(p []byte) {
 	c.unanswered.Store(true)
-	first := !c.begun
-	c.begun = true
-	if !first && !c.resting.Load() {
+	if c.begun && !c.resting.Load() {
 		return
 	}
 	c.limiter.mu.Lock()
 	defer c.limiter.mu.Unlock()
-	c.h2 = c.h2 || first && bytes.HasPrefix(p, []byte("PRI "))
+	c.h2 = c.h2 || !c.begun && bytes.HasPrefix(p, []byte("PRI "))
+	c.begun, c.heard = true, time.Now()
 	if c.place == nil && !c.leaving {
 		return
 	}
 	c.busyLocked()
-	if c.h2 {
+	if c.h2 && c.known {
 		c.idleLocked()
 	}
 }
 
 // woken says what a Read that met a deadline does: read again, or return err.
 func (c *limitedConn) woken() (again bool, err error) {
-	c.limiter.mu.Lock()
-	defer c.limiter.mu.Unlock()
-	switch now := time.Now(); {
-	case !c.leaving:
-		// Either the server's own deadline, or one of ours that came too late.
-		return c.deadline.IsZero() || now.Before(c.deadline), os.ErrDeadlineExceeded
+	l, now := c.limiter, time.Now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case c.gone:
+		return false, os.ErrDeadlineExceeded
+	case !c.leaving && !c.deadline.IsZero() && !now.Before(c.deadline):
+		c.gone = !c.known // before the first request the server would set another deadline and go on waiting
+		return false, os.ErrDeadlineExceeded
+	case !c.leaving: // one of ours, too late
+		return true, nil
+	case !l.parked && !l.stopping: // another made the room
+		c.leaving = false
+		c.Conn.SetReadDeadline(c.deadline)
+		c.place = l.idle.PushFront(c)
+		return true, nil
 	case !c.looked:
 		c.looked = true
-		c.Conn.SetReadDeadline(now.Add(lastLook))
+		c.Conn.SetReadDeadline(c.lookUntil(now))
 		return true, nil
 	}
-	c.limiter.metrics.reclaimed.Add(1)
-	return false, io.EOF
+	c.gone = true
+	if !l.stopping {
+		l.metrics.reclaimed.Add(1)
+	}
+	return false, os.ErrDeadlineExceeded
+}
+
+// lookUntil is the end of the last look at a connection that is asked to go.
+func (c *limitedConn) lookUntil(now time.Time) time.Time {
+	look := now.Add(lastLook)
+	switch {
+	case !c.begun:
+		return later(look, c.heard.Add(arrivalTime))
+	case c.h2:
+		return later(look, c.heard.Add(quietHTTP2))
+	}
+	return look
 }
 
 // SetReadDeadline leaves the connection's last look alone; the server's deadline is put back if it stays.
@@ -316,10 +416,10 @@ type claim struct {
 	granted chan struct{} // closed under budget.mu
 }
 
-// take reserves n bytes, waiting for them until ctx ends; false if they did not come free.
-func (b *budget) take(ctx context.Context, n int64) bool {
+// take reserves n bytes, waiting for them until patience or ctx ends; false if they did not come free.
+func (b *budget) take(ctx context.Context, n int64, patience time.Duration) bool {
 	b.mu.Lock()
-	if b.free >= n && b.waiting.Len() == 0 {
+	if n == 0 || b.free >= n && b.waiting.Len() == 0 {
 		b.free -= n
 		b.mu.Unlock()
 		b.metrics.inflightBytes.Add(n)
@@ -328,16 +428,19 @@ func (b *budget) take(ctx context.Context, n int64) bool {
 	c := &claim{n, make(chan struct{})}
 	place := b.waiting.PushBack(c)
 	b.mu.Unlock()
+	over := time.NewTimer(patience)
+	defer over.Stop()
 	select {
 	case <-c.granted:
 		return true
+	case <-over.C:
 	case <-ctx.Done():
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	select {
 	case <-c.granted:
-		return true
+		return true // just now
 	default:
 		b.waiting.Remove(place)
 		b.grantLocked() // a smaller claim may have stood behind this one
@@ -384,6 +487,7 @@ type exchange interface {
 type gate struct {
 	maxBody         int64
 	deliveryTimeout time.Duration
+	readTimeout     time.Duration // 0 = none
 	writeTimeout    time.Duration // 0 = none
 	forward         []string      // canonical names of the headers that go upstream
 	via             string        // this relay's own pseudonym in Via (RFC 9110, section 7.6.3)
@@ -421,12 +525,12 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		g.serve(w, r, routePush, g.push)
 	case "/ready":
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			g.plain(w, routeReady, http.StatusMethodNotAllowed, "use GET", "Allow", "GET, HEAD")
+			g.plain(w, r, routeReady, http.StatusMethodNotAllowed, "use GET", "Allow", "GET, HEAD")
 			return
 		}
 		g.metrics.request(routeReady, strconv.Itoa(writeReady(w, g.ready())))
 	default:
-		g.plain(w, routeOther, http.StatusNotFound, "not served here: profiles go to POST "+ingestPath+" or POST "+pushPath)
+		g.plain(w, r, routeOther, http.StatusNotFound, "not served here: profiles go to POST "+ingestPath+" or POST "+pushPath)
 	}
 }
 
@@ -439,11 +543,12 @@ func slashes(path string) string {
 }
 
 // plain answers what no protocol of ours has been recognised in; header is a list of names and values.
-func (g *gate) plain(w http.ResponseWriter, id routeID, status int, text string, header ...string) {
+func (g *gate) plain(w http.ResponseWriter, r *http.Request, id routeID, status int, text string, header ...string) {
 	for i := 0; i+1 < len(header); i += 2 {
 		w.Header().Set(header[i], header[i+1])
 	}
 	writeText(w, status, text+"\n")
+	g.linger(w, r)
 	g.metrics.request(id, strconv.Itoa(status))
 }
 
@@ -451,12 +556,12 @@ func (g *gate) plain(w http.ResponseWriter, id routeID, status int, text string,
 func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt route) {
 	start := time.Now()
 	if r.Method != http.MethodPost {
-		g.plain(w, id, http.StatusMethodNotAllowed, "use POST", "Allow", http.MethodPost)
+		g.plain(w, r, id, http.StatusMethodNotAllowed, "use POST", "Allow", http.MethodPost)
 		return
 	}
 	if err := g.origins.Check(r); err != nil {
 		g.metrics.rejected[rejectCrossOrigin].Add(1)
-		g.plain(w, id, http.StatusForbidden, "cross-origin requests from browsers are refused")
+		g.plain(w, r, id, http.StatusForbidden, "cross-origin requests from browsers are refused")
 		return
 	}
 	x, f := rt(r)
@@ -464,7 +569,8 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 	if f == nil {
 		re, f = g.relay(r, id, x, start)
 	}
-	if r.ProtoMajor == 1 && g.conns.wantsRoom() {
+	// On HTTP/2 this sends GOAWAY: the client may go on with what it began, and begins nothing more.
+	if !g.ready() || r.ProtoMajor == 1 && g.conns.wantsRoom() {
 		w.Header().Set("Connection", "close")
 	}
 	var code string
@@ -475,10 +581,30 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 		if f.reason != "" {
 			g.metrics.rejected[f.reason].Add(1)
 		}
+		if f.reason != rejectBodyRead {
+			g.linger(w, r)
+		}
 	}
 	g.metrics.request(id, code)
 	if g.log.Enabled(r.Context(), slog.LevelDebug) {
 		g.log.Debug("request", "route", id, "code", code, "client", r.RemoteAddr, "took", time.Since(start), "error", f)
+	}
+}
+
+// linger reads what is left of a body whose answer was written early, and forgets it. A client that sends everything
+// before it reads would otherwise find its connection reset instead of the answer. HTTP/2 needs no such thing, and a
+// client that waits for 100 Continue is not going to send.
+func (g *gate) linger(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Header["Expect"] != nil {
+		return
+	}
+	patience := lingerTime
+	if g.readTimeout > 0 {
+		patience = min(patience, g.readTimeout)
+	}
+	c := http.NewResponseController(w)
+	if c.Flush() == nil && c.SetReadDeadline(time.Now().Add(patience)) == nil {
+		io.Copy(io.Discard, r.Body)
 	}
 }
 
@@ -488,7 +614,12 @@ func (g *gate) relay(r *http.Request, id routeID, x exchange, start time.Time) (
 	if f != nil {
 		return reply{}, f
 	}
-	body, charged, f := g.read(r, id)
+	patience := roomWait
+	timeout, timed := x.timeout()
+	if timed {
+		patience = min(patience, timeout)
+	}
+	body, charged, f := g.read(r, id, patience)
 	if f != nil {
 		return reply{}, f
 	}
@@ -501,8 +632,8 @@ func (g *gate) relay(r *http.Request, id routeID, x exchange, start time.Time) (
 	p.hold()
 	defer p.release()
 	p.expires = time.Now().Add(g.deliveryTimeout)
-	if d, ok := x.timeout(); ok {
-		p.timed, p.expires = true, earlier(p.expires, start.Add(d))
+	if timed {
+		p.timed, p.expires = true, earlier(p.expires, start.Add(timeout))
 	}
 	if g.writeTimeout > 0 {
 		p.expires = earlier(p.expires, start.Add(g.writeTimeout-min(answerMargin, g.writeTimeout/10)))
@@ -512,6 +643,13 @@ func (g *gate) relay(r *http.Request, id routeID, x exchange, start time.Time) (
 
 func earlier(a, b time.Time) time.Time {
 	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
 		return a
 	}
 	return b
@@ -578,61 +716,78 @@ func checkTenant(header http.Header) *fault {
 }
 
 // read returns the whole body in one slice, and how many bytes of the budget it was charged, which the caller gives
-// back. On a fault nothing stays charged.
-func (g *gate) read(r *http.Request, id routeID) (body []byte, charged int64, f *fault) {
-	tooLarge := &fault{status: http.StatusRequestEntityTooLarge, code: codeInvalidArgument, reason: rejectBodySize,
-		public: fmt.Sprintf("the body is larger than %d bytes, the most this relay takes (-max-body-size)", g.maxBody)}
+// back. It waits for room as long as patience lasts, all waits together. On a fault nothing stays charged.
+func (g *gate) read(r *http.Request, id routeID, patience time.Duration) (body []byte, charged int64, f *fault) {
 	if r.ContentLength > g.maxBody {
-		return nil, 0, tooLarge
+		return nil, 0, g.tooLarge()
 	}
-	limit := r.ContentLength
-	if limit < 0 {
-		limit = g.maxBody
+	b := bodyBuffer{limit: r.ContentLength, first: firstStep}
+	if b.limit < 0 {
+		b.limit = g.maxBody
+	} else if r.ProtoMajor == 1 {
+		b.first = firstStepHTTP1
 	}
-	wait, cancel := context.WithTimeout(r.Context(), roomWait)
-	defer cancel()
-	defer func() {
-		g.metrics.requestBytes[id].Add(int64(len(body)))
-		if f != nil {
-			g.room.give(charged)
-		}
-	}()
-	for {
-		if len(body) == cap(body) && int64(len(body)) < limit {
-			size := min(nextSize(r, charged), limit)
-			if !g.room.take(wait, size-charged) {
-				return body, charged, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
-					reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
-			}
-			body, charged = append(make([]byte, 0, size), body...), size
-		}
-		into := body[len(body):cap(body)]
-		if len(into) == 0 {
-			into = make([]byte, 1) // is this the end?
-		}
-		n, err := r.Body.Read(into)
-		if len(body)+n > cap(body) {
-			return body, charged, tooLarge
-		}
-		body = body[:len(body)+n]
-		if err == io.EOF {
-			return body, charged, nil
-		}
-		if err != nil {
-			return body, charged, bodyFault(err)
-		}
+	defer func() { g.metrics.requestBytes[id].Add(int64(len(b.bytes))) }()
+	err := g.fill(r, &b, patience)
+	if err == nil {
+		return b.bytes, b.charged, nil
 	}
+	g.room.give(b.charged)
+	if f, ok := errors.AsType[*fault](err); ok {
+		return nil, 0, f
+	}
+	return nil, 0, bodyFault(err)
 }
 
-// nextSize is the size of a body's buffer, in bytes, after one of size have, which is full.
-func nextSize(r *http.Request, have int64) int64 {
-	switch {
-	case have > 0:
-		return 2 * have
-	case r.ProtoMajor == 1 && r.ContentLength >= 0:
-		return firstStepHTTP1
+// A bodyBuffer is a body that is being read.
+type bodyBuffer struct {
+	bytes        []byte
+	limit, first int64 // most bytes, and the first step towards them
+	charged      int64 // bytes of the budget
+}
+
+// fill reads a body to its end. The error is a *fault, or what ended the body too early.
+func (g *gate) fill(r *http.Request, b *bodyBuffer, patience time.Duration) error {
+	patience, err := g.grow(r, b, patience)
+	var next [1]byte // shows whether a full buffer holds it all
+	for err == nil {
+		var n int
+		if len(b.bytes) < cap(b.bytes) {
+			n, err = r.Body.Read(b.bytes[len(b.bytes):cap(b.bytes)])
+			b.bytes = b.bytes[:len(b.bytes)+n]
+			continue
+		}
+		if n, err = r.Body.Read(next[:]); n > 0 {
+			var noRoom error
+			if patience, noRoom = g.grow(r, b, patience); noRoom != nil {
+				return noRoom
+			}
+			b.bytes = append(b.bytes, next[0])
+		}
 	}
-	return firstStep
+	if err == io.EOF {
+		return nil
+	}
+	return err
+}
+
+// grow makes room in b for more, and returns what is left of patience.
+func (g *gate) grow(r *http.Request, b *bodyBuffer, patience time.Duration) (time.Duration, error) {
+	if b.charged > 0 && b.charged == b.limit {
+		return 0, g.tooLarge()
+	}
+	size, asked := min(max(b.first, 2*b.charged), b.limit), time.Now()
+	if !g.room.take(r.Context(), size-b.charged, patience) {
+		return 0, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
+			reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
+	}
+	b.bytes, b.charged = append(make([]byte, 0, size), b.bytes...), size
+	return patience - time.Since(asked), nil
+}
+
+func (g *gate) tooLarge() *fault {
+	return &fault{status: http.StatusRequestEntityTooLarge, code: codeInvalidArgument, reason: rejectBodySize,
+		public: fmt.Sprintf("the body is larger than %d bytes, the most this relay takes (-max-body-size)", g.maxBody)}
 }
 
 // bodyFault is the answer to a body that could not be read to its end.

@@ -69,6 +69,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case c.check:
 		fmt.Fprintln(stdout, "ok")
 		return exitOK
+	case c.healthcheck:
+		return healthcheck(ctx, c.adminAddress, stdout, stderr)
 	}
 	r := newRelay(c, newLogger(stderr, c))
 	if err := r.listen(ctx); err != nil {
@@ -168,7 +170,7 @@ type config struct {
 	maxBody, maxInflight                             byteSize
 	retry                                            retryPolicy // of upstreams that do not say otherwise
 	upstream, forwardHeader                          lines
-	check, version                                   bool
+	check, healthcheck, version                      bool
 
 	flags     *flag.FlagSet
 	variables map[string]string // by flag: the variable that gave it
@@ -226,6 +228,7 @@ func (c *config) options() []option {
 		{&c.logLevel, "log-level", "debug, info, warn or error"},
 		{&c.logFormat, "log-format", "logfmt or json, to standard error"},
 		{&c.check, "check", "validate the configuration, print ok, exit 0 or 2"},
+		{&c.healthcheck, "healthcheck", "ask the running relay's /ready on -admin-address, exit 0 or 1; needs no -upstream"},
 		{&c.version, "version", "print version, Go version and commit, then exit"},
 	}
 }
@@ -334,8 +337,13 @@ func variable(name string) string {
 
 // validate checks the flags one by one and against each other, and parses those that have a structure of their own.
 func (c *config) validate() error {
-	if c.version {
+	switch {
+	case c.version:
 		return nil
+	case c.healthcheck && c.adminAddress == "":
+		return errors.New("-healthcheck asks -admin-address, which is empty")
+	case c.healthcheck && len(c.upstream) == 0:
+		return c.validateListening()
 	}
 	return errors.Join(c.validateListening(), c.validateDurations(), c.validateSizes(), validateRetry("-", &c.retry),
 		c.validateLogging(), c.parseUpstreams(), c.parseForwardHeaders())
@@ -699,23 +707,67 @@ func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 	return f
 }
 
-// listen opens both ports.
+// listen opens both ports, save those that the service manager has opened already.
 func (r *relay) listen(ctx context.Context) error {
 	c := r.config
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(c.listenAddress, strconv.Itoa(c.listenPort)))
+	data, admin, err := passedSockets()
 	if err != nil {
-		return fmt.Errorf("-listen-address, -listen-port: %w", err)
+		return fmt.Errorf("LISTEN_FDS: %w", err)
 	}
-	if c.adminAddress != "" {
-		if r.adminSocket, err = lc.Listen(ctx, "tcp", c.adminAddress); err != nil {
-			l.Close()
+	var lc net.ListenConfig
+	if data == nil {
+		if data, err = lc.Listen(ctx, "tcp", net.JoinHostPort(c.listenAddress, strconv.Itoa(c.listenPort))); err != nil {
+			return fmt.Errorf("-listen-address, -listen-port: %w", err)
+		}
+	}
+	if admin == nil && c.adminAddress != "" {
+		if admin, err = lc.Listen(ctx, "tcp", c.adminAddress); err != nil {
+			data.Close()
 			return fmt.Errorf("-admin-address: %w", err)
 		}
 	}
-	r.conns = limitListener(l, c.connLimit, r.metrics, r.log)
+	r.adminSocket = admin
+	r.conns = limitListener(data, c.connLimit, r.metrics, r.log)
 	r.data, r.admin = r.dataServer(), r.adminServer()
 	return nil
+}
+
+// passedSockets returns the listening sockets that this process was started with (sd_listen_fds(3)): the one that
+// LISTEN_FDNAMES calls "admin", and the other one. It takes the variables out of the environment.
+func passedSockets() (data, admin net.Listener, err error) {
+	const first = 3 // descriptors 0 to 2 are the standard streams
+	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
+	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
+		os.Unsetenv(name)
+	}
+	if count == "" || pid != "" && pid != strconv.Itoa(os.Getpid()) {
+		return nil, nil, nil
+	}
+	n, err := strconv.Atoi(count)
+	if err != nil || n < 0 || n > 2 {
+		return nil, nil, fmt.Errorf("%q sockets were passed: the relay takes one, and one named admin", count)
+	}
+	for i := range n {
+		l, err := passedSocket(first + i)
+		named := i < len(names) && names[i] == "admin"
+		switch {
+		case err != nil:
+			return nil, nil, err
+		case named && admin == nil:
+			admin = l
+		case !named && data == nil:
+			data = l
+		default:
+			return nil, nil, errors.New("two sockets for one port: name the one for -admin-address admin (FileDescriptorName=)")
+		}
+	}
+	return data, admin, nil
+}
+
+func passedSocket(fd int) (net.Listener, error) {
+	f := os.NewFile(uintptr(fd), "passed socket")
+	defer f.Close() // the listener has a descriptor of its own
+	return net.FileListener(f)
 }
 
 // dataServer is the HTTP server that clients talk to.
@@ -727,7 +779,7 @@ func (r *relay) dataServer() *http.Server {
 	protocols.SetUnencryptedHTTP2(true)
 	return &http.Server{
 		Handler: &gate{
-			maxBody: int64(c.maxBody), deliveryTimeout: c.deliveryTimeout, writeTimeout: c.writeTimeout,
+			maxBody: int64(c.maxBody), deliveryTimeout: c.deliveryTimeout, readTimeout: c.readTimeout, writeTimeout: c.writeTimeout,
 			forward: c.forward, via: newVia(), ingest: beginIngest, push: beginPush,
 			room: &budget{free: int64(c.maxInflight), metrics: r.metrics}, conns: r.conns, fan: r.fan,
 			metrics: r.metrics, log: r.log, ready: r.ready, origins: http.NewCrossOriginProtection(),
@@ -765,6 +817,10 @@ func (r *relay) serve(ctx context.Context) int {
 	defer r.admin.Close()
 	go func() { failed <- r.data.Serve(r.conns) }()
 	r.log.Info("listening", "addr", r.conns.Addr())
+	r.notify("READY=1")
+	alive, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	go r.watchdog(alive)
 	select {
 	case err := <-failed:
 		r.log.Error("cannot go on", "error", err)
@@ -774,8 +830,10 @@ func (r *relay) serve(ctx context.Context) int {
 	case <-ctx.Done():
 		r.log.Info("stopping")
 	}
+	r.notify("STOPPING=1")
 	if err := r.drain(ctx, signals); err != nil {
-		r.log.Error("stopped before everything was delivered", "requests", r.metrics.inflightRequests.Value(), "error", err)
+		r.log.Error("stopped before everything was delivered", "requests", r.metrics.inflightRequests.Value(),
+			"undelivered", strings.Join(r.fan.abandon(), ", "), "error", err)
 		return exitFailed
 	}
 	r.log.Info("stopped")
@@ -800,8 +858,80 @@ func (r *relay) drain(ctx context.Context, signals <-chan os.Signal) error {
 	}
 	timed, stop := context.WithTimeoutCause(patient, r.config.shutdownTimeout, errors.New("-shutdown-timeout is over"))
 	defer stop()
-	if r.data.Shutdown(timed) != nil || !r.fan.wait(timed) {
+	// Shutdown comes last: from its first moment on, the server drops requests that it has only just read.
+	r.conns.Close()
+	if !r.conns.wait(timed) || !r.answered(timed) || !r.fan.wait(timed) || r.data.Shutdown(timed) != nil {
 		return context.Cause(timed)
 	}
 	return nil
+}
+
+// answered returns once no request is being served, or with false when ctx ends first. On HTTP/2 requests outlive their
+// connection.
+func (r *relay) answered(ctx context.Context) bool {
+	for r.metrics.inflightRequests.Value() > 0 {
+		if !sleep(ctx, lastLook) {
+			return false
+		}
+	}
+	return true
+}
+
+// notify tells the service manager what the relay is about (sd_notify(3)), if there is one.
+func (r *relay) notify(state string) {
+	socket := os.Getenv("NOTIFY_SOCKET")
+	if socket == "" {
+		return
+	}
+	c, err := net.Dial("unixgram", socket)
+	if err == nil {
+		_, err = io.WriteString(c, state)
+		c.Close()
+	}
+	if err != nil {
+		r.log.Warn("cannot notify the service manager", "state", state, "error", err)
+	}
+}
+
+// watchdog tells the service manager that the process lives, until ctx ends, if it asked for that
+// (sd_watchdog_enabled(3)).
+func (r *relay) watchdog(ctx context.Context) {
+	usec, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	pid := os.Getenv("WATCHDOG_PID")
+	if err != nil || usec <= 0 || pid != "" && pid != strconv.Itoa(os.Getpid()) {
+		return
+	}
+	for sleep(ctx, time.Duration(usec)*time.Microsecond/2) {
+		r.notify("WATCHDOG=1")
+	}
+}
+
+// healthcheck asks the relay whose admin port has that address whether it is ready, and returns the exit code.
+func healthcheck(ctx context.Context, address string, stdout, stderr io.Writer) int {
+	host, port, _ := net.SplitHostPort(address) // validated
+	switch host {
+	case "", "0.0.0.0":
+		host = "127.0.0.1" // not localhost: an image without a shell has no /etc/hosts either
+	case "::":
+		host = "::1"
+	}
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/ready", nil)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return exitFailed
+	}
+	resp, err := new(http.Transport).RoundTrip(r)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return exitFailed
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		fmt.Fprintln(stderr, "not ready:", resp.Status)
+		return exitFailed
+	}
+	fmt.Fprintln(stdout, "ready")
+	return exitOK
 }

@@ -1,0 +1,1260 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const (
+	connectionsSeries = "pyroscope_receive_http_tcp_connections"
+	reclaimedSeries   = "pyroscope_receive_http_tcp_connections_reclaimed_total"
+	waitsSeries       = "pyroscope_receive_http_tcp_connections_limit_waits_total"
+	inflightSeries    = "pyroscope_receive_http_inflight_bytes"
+)
+
+func rejectedSeries(reason string) string {
+	return `pyroscope_receive_http_rejected_total{reason="` + reason + `"}`
+}
+
+// served checks that a well-behaved client gets its profile through.
+func served(t testing.TB, p *program) {
+	t.Helper()
+	if resp := post(t, newClient(t, "HTTP/1.1"), p.url("/ingest?name=good"), []byte("good"), "Connection", "close"); resp.StatusCode != http.StatusOK {
+		t.Fatalf("a well-behaved client got %d: %s", resp.StatusCode, resp.body)
+	}
+}
+
+// dial opens a connection that is closed with the test.
+func dial(t testing.TB, addr string) *net.TCPConn {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(patience))
+	return c.(*net.TCPConn)
+}
+
+func write(t testing.TB, c net.Conn, s string) {
+	t.Helper()
+	if _, err := io.WriteString(c, s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// ended reads until the relay ends the connection, and returns what it said.
+func ended(t testing.TB, c net.Conn) string {
+	t.Helper()
+	b, err := io.ReadAll(c)
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+		t.Fatalf("the relay did not end the connection; it said %q", b)
+	}
+	return string(b)
+}
+
+// ingestHead is the head of a POST /ingest with those header lines, each ending in CRLF.
+func ingestHead(lines string) string {
+	return "POST /ingest?name=x HTTP/1.1\r\nHost: relay\r\n" + lines + "\r\n"
+}
+
+// keepAlive posts a profile on a connection that stays open.
+func keepAlive(t testing.TB, c net.Conn) response {
+	t.Helper()
+	write(t, c, ingestHead("Content-Length: 2\r\n")+"ok")
+	resp := readResponse(t, bufio.NewReader(c))
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("status %d: %s", resp.StatusCode, resp.body)
+	}
+	return resp
+}
+
+// Clients that stall are cut by the read timeout, whatever they stall in, and get no profile through. A head that is
+// begun on an idle HTTP/2 connection does not end its idleness: the idle timeout cuts it.
+func TestSlowClientsAreCut(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-server-read-timeout", "300ms", "-server-idle-timeout", "600ms")
+	for _, test := range []struct{ name, sent, answer string }{
+		{"silent", "", ""},
+		{"half a request line", "POST /ing", "HTTP/1.1 400 "},
+		{"half a head", "POST /ingest HTTP/1.1\r\nHost: relay\r\nX-Slow: ", ""},
+		{"half a body", ingestHead("Content-Length: 100\r\n") + "0123456789", "HTTP/1.1 408 "},
+		{"half a chunk", ingestHead("Transfer-Encoding: chunked\r\n") + "64\r\n0123456789", "HTTP/1.1 408 "},
+		{"half a preface", "PRI * HTTP/2.0\r\n\r\nSM", "HTTP/1.1 404 "},
+		{"a preface alone", h2Preface, "\x00\x00"},
+		{"HTTP/2, half a head", h2Preface + frame(frameSettings, 0, 0, "") + frame(frameHeaders, 0, 1, requestBlock("/ingest")), "\x00\x00"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			c := dial(t, relay.addr)
+			write(t, c, test.sent)
+			served(t, relay)
+			if said := ended(t, c); !strings.HasPrefix(said, test.answer) || test.answer == "" && said != "" {
+				t.Errorf("the relay said %q, want %q", said, test.answer)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		relay.awaitMetric(t, connectionsSeries, 0)
+		for _, r := range up.requests() {
+			if string(r.body) != "good" {
+				t.Errorf("a cut body was forwarded: %q", r.body)
+			}
+		}
+	})
+}
+
+// What is malformed or lies about itself is refused, and nothing of it is forwarded but what it said itself.
+func TestMalformedRequests(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name, raw string
+		answers   []int // the connection ends after them
+		forwarded string
+	}{
+		{"huge header", ingestHead("X-Huge: " + strings.Repeat("a", maxHeader+8<<10) + "\r\n"), []int{431}, ""},
+		{"many headers", ingestHead(strings.Repeat("X-Many: a\r\n", maxHeader/8)), []int{431}, ""},
+		{"length and chunked", ingestHead("Content-Length: 4\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n") + "2\r\nab\r\n0\r\n\r\n", []int{200}, "ab"},
+		{"length and chunked, no end", ingestHead("Content-Length: 4\r\nTransfer-Encoding: chunked\r\n") + "abcd", []int{400}, ""},
+		{"two lengths", ingestHead("Content-Length: 4\r\nContent-Length: 5\r\n") + "abcde", []int{400}, ""},
+		{"negative length", ingestHead("Content-Length: -4\r\n") + "abcd", []int{400}, ""},
+		{"length with a sign", ingestHead("Content-Length: +4\r\n") + "abcd", []int{400}, ""},
+		{"unknown coding", ingestHead("Transfer-Encoding: gzip, chunked\r\n") + "0\r\n\r\n", []int{501}, ""},
+		{"bare LF in chunks", ingestHead("Transfer-Encoding: chunked\r\n") + "2\nab\n0\n\n", []int{400}, ""},
+		{"bare LF after a chunk", ingestHead("Transfer-Encoding: chunked\r\n") + "2\r\nab\n0\r\n\r\n", []int{400}, ""},
+		{"huge chunk size", ingestHead("Transfer-Encoding: chunked\r\n") + "ffffffffffffffffff\r\nab", []int{400}, ""},
+		{"space before the colon", ingestHead("X-Scope-OrgID : a\r\nContent-Length: 0\r\n"), []int{400}, ""},
+		{"folded header", ingestHead("X-Scope-OrgID: a\r\n b\r\nContent-Length: 0\r\nConnection: close\r\n"), []int{200}, ""},
+		{"length too long", ingestHead("Content-Length: 9\r\n") + "abcd", []int{400}, ""},
+		{"length too short", ingestHead("Content-Length: 2\r\n") + "abcd\r\n\r\n", []int{200, 400}, "ab"},
+		{"no host", "POST /ingest HTTP/1.1\r\nContent-Length: 0\r\n\r\n", []int{400}, ""},
+		{"not HTTP", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", []int{400}, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			up := newPeer(t, nil)
+			relay := start(t, "-upstream", up.URL, "-max-body-size", "1MiB")
+			c := dial(t, relay.addr)
+			go func() {
+				io.WriteString(c, test.raw) // the relay may have hung up before the end of it
+				c.CloseWrite()
+			}()
+			served(t, relay)
+			if got := answers(t, c); !slices.Equal(got, test.answers) {
+				t.Errorf("answers %v, want %v", got, test.answers)
+			}
+			forwarded := ""
+			for _, r := range up.requests() {
+				if r.target != "/ingest?name=good" {
+					forwarded += string(r.body)
+				}
+			}
+			if forwarded != test.forwarded {
+				t.Errorf("%q was forwarded, want %q", forwarded, test.forwarded)
+			}
+		})
+	}
+}
+
+// answers are the statuses of all answers on a connection, which ends after them.
+func answers(t testing.TB, c net.Conn) (statuses []int) {
+	t.Helper()
+	br := bufio.NewReader(c)
+	for {
+		resp, err := http.ReadResponse(br, &http.Request{Method: http.MethodPost})
+		if err != nil {
+			if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+				t.Fatal("the relay did not end the connection")
+			}
+			return statuses
+		}
+		io.Copy(io.Discard, resp.Body)
+		statuses = append(statuses, resp.StatusCode)
+	}
+}
+
+// HTTP/2 by hand (RFC 9113), for what no client library sends.
+const (
+	h2Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+	frameData, frameHeaders, frameReset, frameSettings, frameGoAway, frameContinuation byte = 0, 1, 3, 4, 7, 9
+	flagEnd, flagEndHeaders                                                            byte = 1, 4
+)
+
+func frame(kind, flags byte, stream uint32, payload string) string {
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(payload))<<8|uint32(kind))
+	return string(binary.BigEndian.AppendUint32(append(b, flags), stream)) + payload
+}
+
+// headerBlock is a list of names and values as literal fields without indexing (RFC 7541, section 6.2.2).
+func headerBlock(fields ...string) string {
+	var b []byte
+	for i, s := range fields {
+		if i%2 == 0 {
+			b = append(b, 0)
+		}
+		if len(s) < 127 {
+			b = append(b, byte(len(s)))
+		} else {
+			b = binary.AppendUvarint(append(b, 127), uint64(len(s)-127))
+		}
+		b = append(b, s...)
+	}
+	return string(b)
+}
+
+// requestBlock is the header block of a POST.
+func requestBlock(path string, fields ...string) string {
+	return headerBlock(append([]string{":method", "POST", ":scheme", "http", ":path", path, ":authority", "relay"}, fields...)...)
+}
+
+// dialHTTP2 opens an h2c connection and sends what must come first.
+func dialHTTP2(t testing.TB, addr string) *net.TCPConn {
+	t.Helper()
+	c := dial(t, addr)
+	write(t, c, h2Preface+frame(frameSettings, 0, 0, ""))
+	return c
+}
+
+// A gotFrame is one frame from the relay.
+type gotFrame struct {
+	kind, flags byte
+	stream      uint32
+	payload     []byte
+}
+
+// frames reads the relay's frames until one that f says is the last, or the end of the connection.
+func frames(t testing.TB, br *bufio.Reader, last func(gotFrame) bool) {
+	t.Helper()
+	var head [9]byte
+	for {
+		if _, err := io.ReadFull(br, head[:]); err != nil {
+			if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() {
+				t.Fatal("the relay neither answered nor ended the connection")
+			}
+			return
+		}
+		f := gotFrame{kind: head[3], flags: head[4], stream: binary.BigEndian.Uint32(head[5:])}
+		f.payload = make([]byte, binary.BigEndian.Uint32(head[:4])>>8)
+		io.ReadFull(br, f.payload)
+		if last(f) {
+			return
+		}
+	}
+}
+
+// goAway is the error code of the GOAWAY that the relay ends the connection with; 0 if it said nothing.
+func goAway(t testing.TB, c net.Conn) (code uint32) {
+	t.Helper()
+	frames(t, bufio.NewReader(c), func(f gotFrame) bool {
+		if f.kind == frameGoAway {
+			code = binary.BigEndian.Uint32(f.payload[4:])
+		}
+		return false
+	})
+	return code
+}
+
+// A connection gets 250 requests at once; the one past that is refused, and the others are answered all the same.
+func TestStreamFlood(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if r.URL.RawQuery != "name=good" {
+			<-release
+		}
+	})
+	relay := start(t, "-upstream", up.URL)
+	c := dialHTTP2(t, relay.addr)
+	var flood strings.Builder
+	for i := range maxStreams + 1 {
+		flood.WriteString(frame(frameHeaders, flagEnd|flagEndHeaders, uint32(2*i+1), requestBlock("/ingest")))
+	}
+	write(t, c, flood.String())
+	br := bufio.NewReader(c)
+	frames(t, br, func(f gotFrame) bool {
+		if f.kind == frameReset && f.stream != 2*maxStreams+1 {
+			t.Errorf("stream %d was refused", f.stream)
+		}
+		return f.kind == frameReset
+	})
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", maxStreams)
+	served(t, relay)
+	close(release)
+	answered := 0
+	frames(t, br, func(f gotFrame) bool {
+		if f.flags&flagEnd != 0 && (f.kind == frameHeaders || f.kind == frameData) {
+			answered++
+		}
+		return answered == maxStreams
+	})
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+}
+
+// resets sends n requests of which each is reset at once. It does not stop when the relay hangs up.
+func resets(c *net.TCPConn, n int, flags byte) {
+	for i := range n {
+		id := uint32(2*i + 1)
+		io.WriteString(c, frame(frameHeaders, flags, id, requestBlock("/ingest"))+frame(frameReset, 0, id, "\x00\x00\x00\x08"))
+	}
+	c.CloseWrite()
+}
+
+// Requests that are begun and reset, over and over, reach no upstream and hold nothing afterwards.
+func TestRapidReset(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	c := dialHTTP2(t, relay.addr)
+	go resets(c, 3000, flagEndHeaders)
+	served(t, relay)
+	if code := goAway(t, c); code != 0 && code != 11 {
+		t.Errorf("GOAWAY with code %d, want 11 (ENHANCE_YOUR_CALM) or none", code)
+	}
+	relay.awaitMetric(t, connectionsSeries, 0)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+	relay.awaitMetric(t, inflightSeries, 0)
+	if n := len(up.requests()); n != 1 {
+		t.Errorf("%d requests arrived upstream, want that of the well-behaved client alone", n)
+	}
+}
+
+// Whole requests are delivered though they are reset, but never more than 250 of a connection at once, and a client
+// that goes on ends its connection.
+func TestRapidResetOfWholeRequests(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if r.URL.RawQuery != "name=good" {
+			<-release
+		}
+	})
+	relay := start(t, "-upstream", up.URL)
+	c := dialHTTP2(t, relay.addr)
+	go resets(c, 3000, flagEndHeaders|flagEnd)
+	if code := goAway(t, c); code != 11 {
+		t.Errorf("GOAWAY with code %d, want 11 (ENHANCE_YOUR_CALM)", code)
+	}
+	served(t, relay)
+	if n := relay.metric(t, "pyroscope_receive_http_inflight_requests"); n > maxStreams {
+		t.Errorf("%v requests in flight, want at most %d", n, maxStreams)
+	}
+	close(release)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+	relay.awaitMetric(t, connectionsSeries, 0)
+}
+
+// A head in endless CONTINUATION frames ends the connection, long before it fills the memory.
+func TestContinuationFlood(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL)
+	c := dialHTTP2(t, relay.addr)
+	sent := make(chan int)
+	go func() {
+		n := 0
+		write := func(s string) bool {
+			m, err := io.WriteString(c, s)
+			n += m
+			return err == nil
+		}
+		write(frame(frameHeaders, 0, 1, requestBlock("/ingest")))
+		for n < 64<<20 && write(frame(frameContinuation, 0, 1, headerBlock("x-flood", strings.Repeat("a", 8<<10)))) {
+		}
+		sent <- n
+	}()
+	served(t, relay)
+	goAway(t, c)
+	c.Close()
+	if n := <-sent; n >= 64<<20 {
+		t.Errorf("the relay read %d bytes of one head", n)
+	}
+	relay.awaitMetric(t, connectionsSeries, 0)
+}
+
+// A head over the limit is answered with 431 on HTTP/2 too, and the connection goes on.
+func TestHugeHeadHTTP2(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL)
+	c := newClient(t, "h2c")
+	var huge []string
+	for range 5 {
+		huge = append(huge, "X-Huge", strings.Repeat("a", maxHeader/4))
+	}
+	if resp := post(t, c, relay.url("/ingest"), nil, huge...); resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("status %d, want 431", resp.StatusCode)
+	}
+	if resp := post(t, c, relay.url("/ingest"), nil, "X-Large", strings.Repeat("a", maxHeader/2)); resp.StatusCode != http.StatusOK {
+		t.Errorf("status %d for half of it", resp.StatusCode)
+	}
+}
+
+// A client that sends its whole body before it reads still gets to read why it was refused.
+func TestRefusalsAreReadable(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { <-release })
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "1MiB", "-max-inflight-bytes", "1MiB", "-delivery-timeout", "20s", "-remote-timeout", "20s", "-max-backoff-retries", "1")
+	full := dial(t, relay.addr)
+	write(t, full, ingestHead("Content-Length: 1048576\r\n")+strings.Repeat("x", 1<<20))
+	relay.awaitMetric(t, inflightSeries, 1<<20)
+	const size = 10 << 20
+	large := strings.Repeat("x", size)
+	for _, test := range []struct {
+		name, raw string
+		status    int
+	}{
+		{"declared too large", ingestHead("Content-Length: 10485760\r\n") + large, 413},
+		{"chunked, no room", ingestHead("Transfer-Encoding: chunked\r\n") + "a00000\r\n" + large + "\r\n0\r\n\r\n", 503},
+		{"declared, no room", ingestHead("Content-Length: 1048576\r\n") + large[:1<<20], 503},
+		{"two tenants", ingestHead("Content-Length: 10485760\r\nX-Scope-OrgID: a\r\nX-Scope-OrgID: b\r\n") + large, 400},
+		{"wrong path", "POST /other HTTP/1.1\r\nHost: relay\r\nContent-Length: 10485760\r\n\r\n" + large, 404},
+		{"wrong method", "PUT /ingest HTTP/1.1\r\nHost: relay\r\nContent-Length: 10485760\r\n\r\n" + large, 405},
+		{"cross-origin", ingestHead("Content-Length: 10485760\r\nSec-Fetch-Site: cross-site\r\n") + large, 403},
+		{"Push, too large", "POST " + pushPath + " HTTP/1.1\r\nHost: relay\r\nContent-Type: application/proto\r\nContent-Length: 10485760\r\n\r\n" + large, 400},
+		{"Push, unknown type", "POST " + pushPath + " HTTP/1.1\r\nHost: relay\r\nContent-Type: text/html\r\nContent-Length: 10485760\r\n\r\n" + large, 415},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			resp := sendRaw(t, relay.addr, []byte(test.raw)) // fails if the write does
+			if resp.StatusCode != test.status {
+				t.Errorf("status %d, want %d: %s", resp.StatusCode, test.status, resp.body)
+			}
+			if len(resp.body) == 0 {
+				t.Error("no word of why")
+			}
+			if retry := resp.Header.Get("Retry-After"); (test.status == 503) != (retry == "1") {
+				t.Errorf("Retry-After %q", retry)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		if n := len(up.requests()); n != 1 {
+			t.Errorf("%d requests arrived upstream, want the first alone", n)
+		}
+		close(release)
+	})
+}
+
+// A client that waits for 100 Continue is refused without it, and is not waited for.
+func TestRefusalInsteadOfContinue(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL, "-max-body-size", "1MiB")
+	c := dial(t, relay.addr)
+	write(t, c, ingestHead("Content-Length: 1048577\r\nExpect: 100-continue\r\n"))
+	if said := ended(t, c); !strings.HasPrefix(said, "HTTP/1.1 413 ") {
+		t.Errorf("the relay said %q", said)
+	}
+	c = dial(t, relay.addr)
+	write(t, c, ingestHead("Content-Length: 2\r\nExpect: 100-continue\r\nConnection: close\r\n"))
+	br := bufio.NewReader(c)
+	if line, err := br.ReadString('\n'); line != "HTTP/1.1 100 Continue\r\n" {
+		t.Fatalf("the relay said %q: %v", line, err)
+	}
+	br.ReadString('\n')
+	write(t, c, "ok")
+	if resp := readResponse(t, br); resp.StatusCode != http.StatusOK {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+}
+
+// The routes of the data port.
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	eachProto(t, func(t *testing.T, c *http.Client) {
+		for _, test := range []struct {
+			method, path string
+			status       int
+			allow        string
+		}{
+			{"GET", "/ready", 200, ""},
+			{"HEAD", "/ready", 200, ""},
+			{"GET", "//ready", 200, ""},
+			{"POST", "/ready", 405, "GET, HEAD"},
+			{"GET", "/ingest", 405, "POST"},
+			{"PUT", "/pyroscope/ingest", 405, "POST"},
+			{"OPTIONS", "/ingest", 405, "POST"},
+			{"GET", pushPath, 405, "POST"},
+			{"POST", "/ingest", 200, ""},
+			{"POST", "//ingest", 200, ""},
+			{"POST", "///pyroscope//ingest", 200, ""},
+			{"POST", "/pyroscope/ingest", 200, ""},
+			{"POST", "/ingest/", 404, ""},
+			{"POST", "/x/../ingest", 404, ""},
+			{"POST", "/x/ingest", 404, ""},
+			{"POST", "/./ingest", 404, ""},
+			{"POST", "/INGEST", 404, ""},
+			{"POST", "/pyroscope" + pushPath, 404, ""},
+			{"GET", "/", 404, ""},
+			{"GET", "/metrics", 404, ""},
+			{"GET", "/debug/vars", 404, ""},
+			{"GET", "/debug/pprof/", 404, ""},
+		} {
+			r, err := http.NewRequestWithContext(t.Context(), test.method, relay.url(test.path), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := c.Transport.RoundTrip(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := readAll(t, resp)
+			if got.StatusCode != test.status || got.Header.Get("Allow") != test.allow {
+				t.Errorf("%s %s: %d, Allow %q, want %d, %q", test.method, test.path, got.StatusCode, got.Header.Get("Allow"), test.status, test.allow)
+			}
+		}
+		resp := post(t, c, relay.url("//pyroscope/ingest?from=1;2&name=a%20b&&"), nil)
+		got := up.requests()
+		if target := got[len(got)-1].target; resp.StatusCode != 200 || !strings.HasPrefix(target, "/ingest") {
+			t.Errorf("status %d, target %s", resp.StatusCode, target)
+		}
+	})
+}
+
+// What the relay itself refuses, in the words of each protocol, and what it counts.
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "1KiB")
+	long := strings.Repeat("t", maxTenant)
+	over := make([]byte, 1<<10+1)
+	for _, test := range []struct {
+		name   string
+		body   []byte
+		header []string
+		status int // on /ingest
+		code   code
+		reason string // "" = accepted
+	}{
+		{"nothing special", nil, nil, 200, 0, ""},
+		{"body at the limit", over[1:], nil, 200, 0, ""},
+		{"body over the limit", over, nil, 413, codeInvalidArgument, rejectBodySize},
+		{"tenant at the limit", nil, []string{"X-Scope-OrgID", long}, 200, 0, ""},
+		{"tenant over the limit", nil, []string{"X-Scope-OrgID", long + "t"}, 400, codeInvalidArgument, rejectTenant},
+		{"the same tenant twice", nil, []string{"X-Scope-OrgID", "a", "X-Scope-OrgID", "a"}, 200, 0, ""},
+		{"two tenants", nil, []string{"X-Scope-OrgID", "a", "X-Scope-OrgID", "b"}, 400, codeInvalidArgument, rejectTenant},
+		{"tenant with a tab", nil, []string{"X-Scope-OrgID", "a\tb"}, 400, codeInvalidArgument, rejectTenant},
+		{"tenant beyond ASCII", nil, []string{"X-Scope-OrgID", "\xc3\xa9"}, 400, codeInvalidArgument, rejectTenant},
+		{"another relay's mark", nil, []string{"Via", "1.1 pyroscope-relay-0123456789abcdef"}, 200, 0, ""},
+		{"from the same origin", nil, []string{"Sec-Fetch-Site", "same-origin", "Origin", "http://a"}, 200, 0, ""},
+	} {
+		eachProto(t, func(t *testing.T, c *http.Client) {
+			resp := post(t, c, relay.url("/ingest"), test.body, test.header...)
+			if resp.StatusCode != test.status {
+				t.Errorf("%s: /ingest answered %d, want %d: %s", test.name, resp.StatusCode, test.status, resp.body)
+			}
+			resp = post(t, c, relay.url(pushPath), test.body, append(test.header, "Content-Type", "application/proto")...)
+			name, status := test.code.describe()
+			if resp.StatusCode != status || test.code != codeOK && !strings.Contains(string(resp.body), `"`+name+`"`) {
+				t.Errorf("%s: Push answered %d, want %d: %s", test.name, resp.StatusCode, status, resp.body)
+			}
+		})
+	}
+	t.Cleanup(func() {
+		for reason, want := range map[string]float64{rejectBodySize: 4, rejectTenant: 16, rejectInflight: 0, rejectBodyRead: 0} {
+			if got := relay.metric(t, rejectedSeries(reason)); got != want {
+				t.Errorf("%v requests counted as %s, want %v", got, reason, want)
+			}
+		}
+	})
+}
+
+// A browser's cross-origin request is refused.
+func TestCrossOrigin(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	c := newClient(t, "HTTP/1.1")
+	for _, header := range [][]string{
+		{"Sec-Fetch-Site", "cross-site"},
+		{"Sec-Fetch-Site", "same-site"},
+		{"Origin", "https://elsewhere.example"},
+	} {
+		for _, path := range []string{"/ingest", pushPath} {
+			if resp := post(t, c, relay.url(path), nil, append(header, "Content-Type", "application/json")...); resp.StatusCode != http.StatusForbidden {
+				t.Errorf("%v on %s: %d, want 403", header, path, resp.StatusCode)
+			}
+		}
+	}
+	if n := relay.metric(t, rejectedSeries(rejectCrossOrigin)); n != 6 || len(up.requests()) != 0 {
+		t.Errorf("%v counted, %d forwarded", n, len(up.requests()))
+	}
+}
+
+// A relay whose upstream leads back to it says so instead of going round.
+func TestLoop(t *testing.T) {
+	t.Parallel()
+	var relay *program
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		again, _ := http.NewRequest(http.MethodPost, relay.url(r.URL.Path), nil)
+		again.Header = r.Header
+		resp, err := http.DefaultTransport.RoundTrip(again)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer resp.Body.Close()
+		w.Header().Set("Content-Type", resp.Header.Get("Content-Type"))
+		w.WriteHeader(resp.StatusCode)
+		io.Copy(w, resp.Body)
+	})
+	relay = start(t, "-upstream", up.URL)
+	c := newClient(t, "HTTP/1.1")
+	if resp := post(t, c, relay.url("/ingest"), nil); resp.StatusCode != http.StatusLoopDetected {
+		t.Errorf("/ingest answered %d, want 508: %s", resp.StatusCode, resp.body)
+	}
+	resp := post(t, c, relay.url(pushPath), nil, "Content-Type", "application/proto")
+	if resp.StatusCode != http.StatusBadRequest || !strings.Contains(string(resp.body), `"failed_precondition"`) {
+		t.Errorf("Push answered %d: %s", resp.StatusCode, resp.body)
+	}
+	if n := relay.metric(t, rejectedSeries(rejectLoop)); n != 2 {
+		t.Errorf("%v loops counted, want 2", n)
+	}
+}
+
+// Only allow-listed headers go upstream, as they came.
+func TestForwardedHeaders(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-forward-header", "x-mine", "-forward-header", "X-Nominated")
+	c := dial(t, relay.addr)
+	write(t, c, ingestHead("Content-Length: 0\r\nContent-Type: text/a\r\nContent-Type: text/b\r\nContent-Encoding: x-own\r\nUser-Agent: Agent/1\r\n"+
+		"Accept: */*;a=1\r\nx-scope-orgid: tenant\r\nTraceparent: tp\r\nTracestate: ts\r\nUber-Trace-Id: ut\r\nX-Mine: 1\r\nX-Mine: 2\r\n"+
+		"X_Scope_OrgID: alias\r\nAuthorization: Basic c2VjcmV0\r\nCookie: secret\r\nForwarded: for=secret\r\nX-Forwarded-For: secret\r\n"+
+		"X-Forwarded-Host: secret\r\nX-Real-Ip: secret\r\nProxy-Authorization: secret\r\nTe: trailers\r\nX-Nominated: secret\r\n"+
+		"Keep-Alive: secret\r\nX-Other: secret\r\nVia: 1.0 before\r\nConnection: close, x-nominated\r\n"))
+	ended(t, c)
+	got := up.one(t).header
+	for name, want := range map[string][]string{
+		"Content-Type": {"text/a", "text/b"}, "Content-Encoding": {"x-own"}, "User-Agent": {"Agent/1"}, "Accept": {"*/*;a=1"},
+		"X-Scope-Orgid": {"tenant"}, "Traceparent": {"tp"}, "Tracestate": {"ts"}, "Uber-Trace-Id": {"ut"}, "X-Mine": {"1", "2"},
+	} {
+		if !slices.Equal(got[name], want) {
+			t.Errorf("%s: %q, want %q", name, got[name], want)
+		}
+		delete(got, name)
+	}
+	if via := got["Via"]; len(via) != 2 || via[0] != "1.0 before" || !strings.HasPrefix(via[1], "1.1 pyroscope-relay-") {
+		t.Errorf("Via: %q", via)
+	}
+	delete(got, "Via")
+	if len(got) != 0 {
+		t.Errorf("these went upstream too: %v", got)
+	}
+}
+
+// Connection may not take the tenant away from a request.
+func TestNominatedTenant(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	for _, line := range []string{"Connection: X-Scope-OrgID\r\n", "Connection: close\r\nConnection: a, x-scope-orgid\r\n", "Connection:x-scope-orgid\t,\r\n"} {
+		resp := sendRaw(t, relay.addr, []byte(ingestHead("Content-Length: 0\r\nX-Scope-OrgID: a\r\n"+line)))
+		if resp.StatusCode != http.StatusBadRequest {
+			t.Errorf("%q: %d, want 400", line, resp.StatusCode)
+		}
+	}
+	if n := relay.metric(t, rejectedSeries(rejectTenant)); n != 3 || len(up.requests()) != 0 {
+		t.Errorf("%v counted, %d forwarded", n, len(up.requests()))
+	}
+}
+
+// A body may have the size of -max-body-size and not a byte more, however it comes, and a refused one reaches nobody.
+func TestBodySize(t *testing.T) {
+	t.Parallel()
+	const most = 100 << 10 // more than the first step, and no power of two
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "100KiB", "-max-inflight-bytes", "100KiB")
+	eachProto(t, func(t *testing.T, c *http.Client) {
+		for _, chunked := range []bool{false, true} {
+			for _, size := range []int{0, 1, firstStep, most - 1, most, most + 1} {
+				var body io.Reader = strings.NewReader(strings.Repeat("b", size))
+				if chunked {
+					body = struct{ io.Reader }{body} // of a length that the client does not know
+				}
+				r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, relay.url("/ingest"), body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				resp, err := c.Do(r)
+				if err != nil {
+					t.Fatal(err)
+				}
+				want := http.StatusOK
+				if size > most {
+					want = http.StatusRequestEntityTooLarge
+				}
+				if got := readAll(t, resp); got.StatusCode != want {
+					t.Errorf("%d bytes, chunked %v: %d, want %d: %s", size, chunked, got.StatusCode, want, got.body)
+				}
+			}
+		}
+	})
+	t.Cleanup(func() {
+		for _, r := range up.requests() {
+			if len(r.body) > most {
+				t.Errorf("%d bytes were forwarded", len(r.body))
+			}
+		}
+		if n := relay.metric(t, inflightSeries); n != 0 {
+			t.Errorf("%v bytes still held", n)
+		}
+	})
+}
+
+// A body that its client cuts short reaches no upstream.
+func TestCutBodies(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	for _, raw := range []string{
+		ingestHead("Content-Length: 10\r\n") + "12345",
+		ingestHead("Content-Length: 10\r\n"),
+		ingestHead("Transfer-Encoding: chunked\r\n") + "a\r\n12345",
+		ingestHead("Transfer-Encoding: chunked\r\n") + "5\r\n12345\r\n",
+		ingestHead("Transfer-Encoding: chunked\r\n") + "5\r\n12345\r\n0\r\n",
+	} {
+		c := dial(t, relay.addr)
+		write(t, c, raw)
+		c.CloseWrite()
+		if got := answers(t, c); !slices.Equal(got, []int{http.StatusBadRequest}) {
+			t.Errorf("%q: answers %v, want 400", raw, got)
+		}
+	}
+	c := dialHTTP2(t, relay.addr)
+	write(t, c, frame(frameHeaders, flagEndHeaders, 1, requestBlock("/ingest", "content-length", "10"))+frame(frameData, 0, 1, "12345")+
+		frame(frameHeaders, flagEndHeaders, 3, requestBlock("/ingest", "content-length", "10"))+frame(frameData, flagEnd, 3, "12345")+
+		frame(frameHeaders, flagEndHeaders, 5, requestBlock("/ingest"))+frame(frameData, 0, 5, "12345")+frame(frameReset, 0, 5, "\x00\x00\x00\x08"))
+	relay.awaitMetric(t, rejectedSeries(rejectBodyRead), 7)
+	c.Close()
+	relay.awaitMetric(t, rejectedSeries(rejectBodyRead), 8)
+	if n := len(up.requests()); n != 0 {
+		t.Errorf("%d cut bodies were forwarded", n)
+	}
+	relay.awaitMetric(t, inflightSeries, 0)
+}
+
+// At the limit the longest idle connection makes room, on HTTP/1 and HTTP/2, and a busy one never does.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if r.URL.RawQuery == "name=busy" {
+			<-release
+		}
+	})
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "3")
+	busy := dial(t, relay.addr)
+	write(t, busy, "POST /ingest?name=busy HTTP/1.1\r\nHost: relay\r\nContent-Length: 0\r\n\r\n")
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 1)
+	first := dial(t, relay.addr)
+	keepAlive(t, first)
+	h2 := newClient(t, "h2c")
+	post(t, h2, relay.url("/ingest"), nil)
+	relay.awaitMetric(t, connectionsSeries, 3)
+	second := dial(t, relay.addr)
+	keepAlive(t, second) // takes the place of first
+	if said := ended(t, first); said != "" {
+		t.Errorf("the reclaimed connection was told %q", said)
+	}
+	third := dial(t, relay.addr)
+	keepAlive(t, third) // takes the place of the HTTP/2 connection
+	keepAlive(t, second)
+	if reclaimed, waits := relay.metric(t, reclaimedSeries), relay.metric(t, waitsSeries); reclaimed != 2 || waits != 2 {
+		t.Errorf("%v reclaimed, %v waited, want 2 of both", reclaimed, waits)
+	}
+	if n := relay.metric(t, connectionsSeries); n != 3 {
+		t.Errorf("%v connections, want 3", n)
+	}
+	post(t, h2, relay.url("/ingest"), nil) // its client notices, and takes the place of third
+	close(release)
+	if resp := readResponse(t, bufio.NewReader(busy)); resp.StatusCode != http.StatusOK {
+		t.Errorf("the busy connection got %d", resp.StatusCode)
+	}
+	if n := strings.Count(relay.stderr.String(), "connection limit reached"); n != 1 {
+		t.Errorf("%d warnings, want 1", n)
+	}
+}
+
+// When nobody is idle, a client waits for the first answer, and that says that its connection ends.
+func TestBusyConnectionMakesRoomWithItsAnswer(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { <-release })
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "1")
+	busy, waiting := dial(t, relay.addr), dial(t, relay.addr)
+	write(t, busy, ingestHead("Content-Length: 0\r\n"))
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 1)
+	write(t, waiting, ingestHead("Content-Length: 0\r\n"))
+	relay.awaitMetric(t, waitsSeries, 1)
+	close(release)
+	resp := readResponse(t, bufio.NewReader(busy))
+	if resp.StatusCode != http.StatusOK || !resp.Close {
+		t.Errorf("the busy connection got %d, close %v", resp.StatusCode, resp.Close)
+	}
+	if resp := readResponse(t, bufio.NewReader(waiting)); resp.StatusCode != http.StatusOK || resp.Close {
+		t.Errorf("the waiting one got %d, close %v", resp.StatusCode, resp.Close)
+	}
+}
+
+// Many more clients than slots, all of them busy and idle in turn: each gets every answer, and no slot is lost.
+func TestChurnAtTheLimit(t *testing.T) {
+	t.Parallel()
+	const limit, clients, rounds = 4, 24, 6
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "4")
+	var all sync.WaitGroup
+	for i := range clients {
+		c := newClient(t, []string{"HTTP/1.1", "h2c"}[i%2])
+		all.Go(func() {
+			for range rounds {
+				resp, err := tryPost(t.Context(), c, relay.url("/ingest"), []byte("x"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if resp.Body.Close(); resp.StatusCode != http.StatusOK {
+					t.Errorf("status %d", resp.StatusCode)
+				}
+				c.CloseIdleConnections() // a request that crosses with the closing of its connection would be lost
+			}
+		})
+	}
+	all.Wait()
+	if n := relay.metric(t, connectionsSeries); n > limit {
+		t.Errorf("%v connections, the limit is %d", n, limit)
+	}
+	if n := len(up.requests()); n != clients*rounds {
+		t.Errorf("%d requests arrived, want %d", n, clients*rounds)
+	}
+}
+
+// Thousands of connections that end in every way leave neither a slot taken nor a goroutine behind.
+func TestAbortedConnectionsLeaveNothing(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { w.Header().Set("Connection", "close") })
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "64")
+	served(t, relay)
+	relay.awaitMetric(t, connectionsSeries, 0)
+	before := relay.metric(t, "go_goroutines")
+	starts := []string{
+		"", "POST", ingestHead("Content-Length: 10\r\n") + "123", ingestHead("Transfer-Encoding: chunked\r\n") + "5\r\n1",
+		"PRI * HT", h2Preface, h2Preface + frame(frameSettings, 0, 0, "") + frame(frameHeaders, flagEndHeaders, 1, requestBlock("/ingest")),
+		ingestHead("Content-Length: 2\r\n") + "ok", "\x16\x03\x01", "junk\r\n\r\n",
+	}
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			for i := range 250 {
+				c, err := net.Dial("tcp", relay.addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				io.WriteString(c, starts[i%len(starts)])
+				if i%3 > 0 {
+					c.(*net.TCPConn).SetLinger(0) // a reset
+				}
+				c.Close()
+			}
+		})
+	}
+	all.Wait()
+	relay.awaitMetric(t, connectionsSeries, 0)
+	relay.awaitMetric(t, inflightSeries, 0)
+	served(t, relay)
+	eventually(t, "the goroutines are gone", func() bool { return relay.metric(t, "go_goroutines") <= before+2 })
+	relay.stop(t)
+}
+
+// pipes is a listener whose connections are pipes in memory.
+type pipes struct {
+	offered chan net.Conn
+	closed  chan struct{}
+	once    sync.Once
+}
+
+func newPipes() *pipes { return &pipes{offered: make(chan net.Conn), closed: make(chan struct{})} }
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.offered:
+		return c, nil
+	case <-p.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error {
+	p.once.Do(func() { close(p.closed) })
+	return nil
+}
+
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (p *pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p.offered <- server
+	return client
+}
+
+// acceptOne is a connection that l accepts, and its other end.
+func acceptOne(t *testing.T, p *pipes, l *connLimiter) (*limitedConn, net.Conn) {
+	t.Helper()
+	type result struct {
+		c   net.Conn
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		c, err := l.Accept()
+		done <- result{c, err}
+	}()
+	client := p.dial()
+	got := <-done
+	if got.err != nil {
+		t.Fatal(got.err)
+	}
+	return got.c.(*limitedConn), client
+}
+
+// reader notes what a Read in the background comes to.
+func reader(c net.Conn) <-chan string {
+	done := make(chan string, 1)
+	go func() {
+		b := make([]byte, 100)
+		n, err := c.Read(b)
+		done <- fmt.Sprint(string(b[:n]), err)
+	}()
+	return done
+}
+
+const cut = "i/o timeout" // what a reclaimed connection reads
+
+// rest brings a connection to where the server waits for its next request.
+func rest(t *testing.T, l *connLimiter, c *limitedConn, client net.Conn, request string) {
+	t.Helper()
+	got := reader(c)
+	write(t, client, request)
+	if s := <-got; s != request+"<nil>" {
+		t.Fatalf("read %q", s)
+	}
+	l.state(c, http.StateActive)
+	go io.ReadFull(client, make([]byte, 2))
+	c.Write([]byte("ok"))
+	l.state(c, http.StateIdle)
+}
+
+// inBubble runs a test of a limiter with fake time.
+func inBubble(t *testing.T, limit int, test func(t *testing.T, p *pipes, l *connLimiter, m *metrics)) {
+	t.Helper()
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m, p := newMetrics(), newPipes()
+		l := limitListener(p, limit, m, slog.New(slog.DiscardHandler))
+		defer l.Close()
+		test(t, p, l, m)
+	})
+}
+
+// park makes one more connection wait, until the test accepts it from the channel.
+func park(p *pipes, l *connLimiter) <-chan net.Conn {
+	done := make(chan net.Conn, 1)
+	go func() {
+		c, _ := l.Accept()
+		done <- c
+	}()
+	p.dial()
+	synctest.Wait()
+	return done
+}
+
+func TestIdleConnectionIsLookedAtOnceMore(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, "GET")
+		c.SetReadDeadline(time.Now().Add(time.Hour)) // as the server does
+		got := reader(c)
+		next := park(p, l)
+		time.Sleep(lastLook / 2)
+		write(t, client, "late") // the request crosses with the wish to close
+		if s := <-got; s != "late<nil>" {
+			t.Fatalf("the request was lost: %s", s)
+		}
+		l.state(c, http.StateActive)
+		time.Sleep(time.Minute)
+		if len(next) != 0 || m.reclaimed.Value() != 0 {
+			t.Fatal("a busy connection was reclaimed")
+		}
+		got = reader(c)
+		time.Sleep(time.Hour) // the server's own deadline was put back
+		if s := <-got; s != cut {
+			t.Fatalf("read %s", s)
+		}
+		c.Close()
+		c.Close()
+		(<-next).Close()
+		if m.connections.Value() != 0 || len(l.slots) != 0 {
+			t.Errorf("%d connections, %d slots taken", m.connections.Value(), len(l.slots))
+		}
+	})
+}
+
+func TestReclaimedConnectionEnds(t *testing.T) {
+	inBubble(t, 2, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		longest, client := acceptOne(t, p, l)
+		rest(t, l, longest, client, "GET")
+		other, client := acceptOne(t, p, l)
+		rest(t, l, other, client, "GET")
+		gone, stays := reader(longest), reader(other)
+		start := time.Now()
+		next := park(p, l)
+		if s := <-gone; s != cut || time.Since(start) != lastLook {
+			t.Fatalf("read %s after %v", s, time.Since(start))
+		}
+		if s := <-reader(longest); s != cut {
+			t.Fatalf("read again: %s", s)
+		}
+		longest.Close()
+		l.state(longest, http.StateClosed)
+		c := <-next
+		time.Sleep(time.Second)
+		if len(stays) != 0 || m.reclaimed.Value() != 1 || m.limitWaits.Value() != 1 || m.connections.Value() != 2 {
+			t.Errorf("reclaimed %v, waits %v, connections %v", m.reclaimed, m.limitWaits, m.connections)
+		}
+		c.Close()
+		other.Close()
+		<-stays
+	})
+}
+
+func TestRoomMadeByAnother(t *testing.T) {
+	inBubble(t, 2, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		idle, client := acceptOne(t, p, l)
+		rest(t, l, idle, client, "GET")
+		busy, _ := acceptOne(t, p, l)
+		next := park(p, l) // asks idle, whose server has not come to read yet
+		busy.Close()
+		c := <-next
+		got := reader(idle)
+		time.Sleep(time.Second)
+		if len(got) != 0 || m.reclaimed.Value() != 0 {
+			t.Fatal("an idle connection was closed although the room was there")
+		}
+		park(p, l) // and it is the first to go the next time
+		if s := <-got; s != cut {
+			t.Errorf("read %s", s)
+		}
+		idle.Close()
+		c.Close()
+	})
+}
+
+func TestHTTP2ConnectionMustBeQuiet(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got := reader(c)
+		next := park(p, l)
+		if s := <-got; s != cut {
+			t.Fatalf("read %s", s)
+		}
+		c.Close()
+		c = (<-next).(*limitedConn)
+		_ = c.Close()
+
+		c, client = acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got = reader(c)
+		write(t, client, "half a head")
+		<-got
+		got = reader(c)
+		start := time.Now()
+		next = park(p, l)
+		time.Sleep(quietHTTP2 - time.Millisecond)
+		if len(got) != 0 {
+			t.Fatal("closed while a request may have been arriving")
+		}
+		if s := <-got; s != cut || time.Since(start) != quietHTTP2 {
+			t.Errorf("read %s after %v", s, time.Since(start))
+		}
+		c.Close()
+		(<-next).Close()
+	})
+}
+
+// A pinged connection stays on the list, and one that begins a request leaves it.
+func TestHTTP2ConnectionBecomesActive(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got := reader(c)
+		next := park(p, l)
+		write(t, client, "a head")
+		<-got
+		l.state(c, http.StateActive)
+		got = reader(c)
+		time.Sleep(time.Hour)
+		if len(got) != 0 || len(next) != 0 {
+			t.Fatal("a connection with a request was closed")
+		}
+		l.state(c, http.StateIdle)
+		if s := <-got; s != cut {
+			t.Errorf("read %s", s)
+		}
+		c.Close()
+		(<-next).Close()
+	})
+}
+
+func TestCloseSeesArrivalsThrough(t *testing.T) {
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		silent, _ := acceptOne(t, p, l)
+		got, next := reader(silent), park(p, l)
+		start := time.Now()
+		l.Close()
+		l.Close()
+		late := (<-next).(*limitedConn) // over the limit rather than lost
+		if s := <-got; s != cut || time.Since(start) != arrivalTime {
+			t.Errorf("a silent connection ended with %s after %v", s, time.Since(start))
+		}
+		silent.Close()
+		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept after Close: %v", err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		go func() {
+			<-reader(late)
+			late.Close()
+		}()
+		if !l.wait(ctx) || len(l.slots) != 0 || m.connections.Value() != 0 {
+			t.Errorf("%d slots, %v connections left", len(l.slots), m.connections)
+		}
+	})
+}
+
+func TestConnectionWithoutLimit(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		for range 3 {
+			acceptOne(t, p, l)
+		}
+		if m.connections.Value() != 3 || l.wantsRoom() {
+			t.Errorf("%v connections, wants room %v", m.connections, l.wantsRoom())
+		}
+	})
+}
+
+// The budget is given in the order of the claims, to the last byte and not beyond it.
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMetrics()
+		b := &budget{free: 100, metrics: m}
+		if !b.take(t.Context(), 100, roomWait) || !b.take(t.Context(), 0, roomWait) {
+			t.Fatal("there was room")
+		}
+		start := time.Now()
+		if b.take(t.Context(), 1, roomWait) || time.Since(start) != roomWait {
+			t.Fatalf("one past the limit: waited %v", time.Since(start))
+		}
+		gone, leave := context.WithCancel(t.Context())
+		large, small := make(chan bool, 1), make(chan bool, 1)
+		go func() { large <- b.take(gone, 60, time.Hour) }()
+		synctest.Wait()
+		go func() { small <- b.take(t.Context(), 10, time.Hour) }()
+		synctest.Wait()
+		b.give(50)
+		synctest.Wait()
+		if len(large)+len(small) != 0 {
+			t.Fatal("a claim was passed over")
+		}
+		leave()
+		if <-large || !<-small {
+			t.Fatal("the claim behind one that was given up must be served")
+		}
+		if b.give(10); m.inflightBytes.Value() != 50 || b.free != 50 {
+			t.Errorf("%v counted, %d free", m.inflightBytes, b.free)
+		}
+	})
+}
+
+// trickle is a body that comes in pieces, with pauses.
+type trickle struct {
+	pieces []string
+	pause  time.Duration
+	end    error
+}
+
+func (b *trickle) Read(p []byte) (int, error) {
+	if len(b.pieces) == 0 {
+		return 0, b.end
+	}
+	time.Sleep(b.pause)
+	n := copy(p, b.pieces[0])
+	if b.pieces[0] = b.pieces[0][n:]; b.pieces[0] == "" {
+		b.pieces = b.pieces[1:]
+	}
+	return n, nil
+}
+
+func (b *trickle) Close() error { return nil }
+
+// A body takes room as its bytes come, waits for it, and gives all of it back when it fails.
+func TestReadTakesRoomAsItGoes(t *testing.T) {
+	t.Parallel()
+	const kib = 1 << 10
+	piece := strings.Repeat("p", 48*kib)
+	for _, test := range []struct {
+		name         string
+		proto        int
+		length, room int64
+		body         trickle
+		charged      int64
+		status       int // 0: read
+		after        time.Duration
+	}{
+		{"empty", 1, 0, 0, trickle{end: io.EOF}, 0, 0, 0},
+		{"declared", 1, 96 * kib, 96 * kib, trickle{[]string{piece, piece}, 0, io.EOF}, 96 * kib, 0, 0},
+		{"declared, room one short", 1, 96 * kib, 96*kib - 1, trickle{end: io.EOF}, 0, 503, roomWait},
+		{"chunked", 1, -1, 1 << 20, trickle{[]string{piece}, 0, io.EOF}, 64 * kib, 0, 0},
+		{"chunked, a full buffer is not grown", 1, -1, 64 * kib, trickle{[]string{piece, piece[:16*kib]}, 0, io.EOF}, 64 * kib, 0, 0},
+		{"chunked, room runs out", 1, -1, 127 * kib, trickle{[]string{piece, piece}, time.Second, io.EOF}, 0, 503, 3*time.Second + roomWait},
+		{"HTTP/2 declares much, sends little", 2, 1 << 20, 64 * kib, trickle{[]string{"p"}, 0, io.ErrUnexpectedEOF}, 0, 400, 0},
+		{"at the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20)}, 0, io.EOF}, 1 << 20, 0, 0},
+		{"past the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20), "p"}, 0, io.EOF}, 0, 413, 0},
+		{"declared past the limit", 1, 1<<20 + 1, 0, trickle{}, 0, 413, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newMetrics()
+				g := &gate{maxBody: 1 << 20, room: &budget{free: test.room, metrics: m}, metrics: m}
+				want := strings.Join(test.body.pieces, "")
+				r := &http.Request{ProtoMajor: test.proto, ContentLength: test.length, Body: &test.body}
+				start := time.Now()
+				body, charged, f := g.read(r, routeIngest, roomWait)
+				switch {
+				case f == nil && (test.status != 0 || string(body) != want), f != nil && f.status != test.status:
+					t.Errorf("fault %v, %d bytes", f, len(body))
+				case charged != test.charged || m.inflightBytes.Value() != charged || time.Since(start) != test.after:
+					t.Errorf("charged %d, counted %v, after %v", charged, m.inflightBytes, time.Since(start))
+				}
+			})
+		})
+	}
+}
