@@ -11,6 +11,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -44,6 +45,13 @@ const idleUpstream = 30 * time.Second
 
 // maxIdleUpstream is how many unused connections are kept for each upstream.
 const maxIdleUpstream = 256
+
+// An HTTP/2 connection to an upstream is asked for a sign of life after pingAfter without a frame from there, and given
+// up when none has come after pingPatience more. One that died silently would swallow requests for minutes otherwise.
+const (
+	pingAfter    = 10 * time.Second
+	pingPatience = 5 * time.Second
+)
 
 // minMirrorCharge is what a small body counts for in the mirrors' share of memory, in bytes: its bookkeeping is there
 // even when the body is empty.
@@ -424,6 +432,7 @@ type upstream struct {
 	url      *url.URL    // nil: log every profile and accept it
 	header   http.Header // set on every request, over the payload's
 	retry    retryPolicy
+	link     *link
 	client   atomic.Pointer[http.Transport]
 	metrics  *endpointMetrics
 	log      *slog.Logger
@@ -495,6 +504,11 @@ func (u *upstream) renew(old *http.Transport) {
 	}
 }
 
+// redial makes a new client: the link has changed. Exchanges under way are not disturbed.
+func (u *upstream) redial() {
+	u.client.Swap(newTransport(&u.retry, u.link)).CloseIdleConnections()
+}
+
 // exchange sends p and reads the answer to its end. An answer counts only when it is whole, unless its status alone
 // says that it is a failure.
 func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payload) (*answer, error) {
@@ -509,6 +523,9 @@ func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payl
 	}
 	if err != nil && resp.StatusCode/100 == 2 {
 		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		body = u.link.hide(body)
 	}
 	return &answer{
 		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")), encoding: resp.Header.Get("Content-Encoding"),
@@ -538,6 +555,9 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	for name, values := range u.header {
 		header[name] = values
 	}
+	if v := u.link.credentials.Load().authorization; v != "" {
+		header["Authorization"] = []string{v}
+	}
 	return (&http.Request{
 		Method: http.MethodPost, URL: &target, Host: cmp.Or(u.header.Get("Host"), u.url.Host), Header: header,
 		Body: io.NopCloser(bytes.NewReader(p.body)), ContentLength: int64(len(p.body)),
@@ -553,13 +573,24 @@ func (u *upstream) logProfile(p *payload) outcome {
 }
 
 // newTransport makes the HTTP client of one upstream. It asks for no compression, follows nothing and uses no proxy
-// from the environment.
-func newTransport(r *retryPolicy) *http.Transport {
-	dialer := net.Dialer{Timeout: r.timeout}
-	return &http.Transport{
+// from the environment. It speaks HTTP/2 where a server offers it in its TLS handshake.
+func newTransport(r *retryPolicy, l *link) *http.Transport {
+	dialer := &net.Dialer{Timeout: r.timeout}
+	t := &http.Transport{
 		DialContext: dialer.DialContext, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
 		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream, MaxResponseHeaderBytes: maxAnswerHeader,
+		TLSClientConfig: l.config(), Protocols: new(http.Protocols),
+		HTTP2: &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingPatience},
 	}
+	t.Protocols.SetHTTP1(true)
+	t.Protocols.SetHTTP2(true)
+	if l.proxy != nil {
+		t.Proxy = http.ProxyURL(l.proxy)
+		if l.proxy.Scheme == "https" {
+			t.DialTLSContext = (&tls.Dialer{NetDialer: dialer, Config: l.proxyConfig()}).DialContext
+		}
+	}
+	return t
 }
 
 // settle counts what became of p at this upstream, once, and tells the person on call.
