@@ -459,7 +459,7 @@ func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, er
 	}
 	if l.proxy != nil {
 		password, _ := l.proxy.User.Password()
-		l.hidden = append(l.hidden, password)
+		l.hidden = append(l.hidden, basicAuth(l.proxy.User.Username(), password), password)
 	}
 	var all []*source
 	if u.Scheme == "https" {
@@ -504,9 +504,14 @@ func (l *link) applyCredentials(contents [][]byte) error {
 		l.credentials.Store(&credentials{"Bearer " + secret, []string{secret}})
 		return nil
 	}
-	pair := base64.StdEncoding.EncodeToString([]byte(l.username + ":" + secret))
+	pair := basicAuth(l.username, secret)
 	l.credentials.Store(&credentials{"Basic " + pair, []string{pair, secret}})
 	return nil
+}
+
+// basicAuth is what follows "Basic " in a header (RFC 7617, section 2).
+func basicAuth(user, password string) string {
+	return base64.StdEncoding.EncodeToString([]byte(user + ":" + password))
 }
 
 // config is for one [http.Transport], which may change it; nil for plain HTTP.

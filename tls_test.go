@@ -10,7 +10,10 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/pem"
+	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -20,8 +23,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -164,7 +170,7 @@ func trusting(ca *authority, own *tls.Certificate) *tls.Config {
 // newTLSClient speaks "HTTP/1.1" or "h2".
 func newTLSClient(t testing.TB, proto string, config *tls.Config) *http.Client {
 	t.Helper()
-	tr := &http.Transport{DisableCompression: true, TLSClientConfig: config, Protocols: new(http.Protocols)}
+	tr := &http.Transport{DisableCompression: true, TLSClientConfig: config.Clone(), Protocols: new(http.Protocols)}
 	tr.Protocols.SetHTTP1(proto != "h2")
 	tr.Protocols.SetHTTP2(proto == "h2")
 	t.Cleanup(tr.CloseIdleConnections)
@@ -197,7 +203,7 @@ func newTLSPeer(t testing.TB, config *tls.Config, answer func(w http.ResponseWri
 	t.Helper()
 	p := newPeer(t, answer)
 	s := httptest.NewUnstartedServer(p.Config.Handler)
-	s.TLS, s.EnableHTTP2 = config, true
+	s.TLS, s.EnableHTTP2 = config.Clone(), true
 	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
 	s.StartTLS()
 	t.Cleanup(func() {
@@ -486,4 +492,650 @@ func TestUpstreamLinkFaults(t *testing.T) {
 			fault.test(t, "hunter22", "pa55word", "aHVudGVy", string(f))
 		})
 	}
+}
+
+// Every kind of file is swapped again and again while requests run: none fails, and whoever connects anew meets the new
+// certificate, clients that name no server too.
+func TestRotationUnderLoadFailsNothing(t *testing.T) {
+	t.Parallel()
+	ca, upCA := newAuthority(t), newAuthority(t)
+	upTLS := serving(t, upCA.issue(t))
+	upTLS.ClientAuth, upTLS.ClientCAs = tls.RequireAndVerifyClientCert, upCA.pool()
+	var wrong atomic.Int64
+	up, upURL := newTLSPeer(t, upTLS, func(w http.ResponseWriter, r *http.Request, _ int) {
+		if user, password, _ := r.BasicAuth(); user != "u" || !strings.HasPrefix(password, "password ") {
+			wrong.Add(1)
+		}
+		accept(w, r)
+	})
+	f := newFolder(t)
+	put := func(n int) keyPair {
+		pair := ca.issue(t, until(60+n))
+		f.putPair(t, "server", pair)
+		f.put(t, "clients.crt", append(newAuthority(t).pem, ca.pem...))
+		f.put(t, "upstream.crt", append(newAuthority(t).pem, upCA.pem...))
+		f.putPair(t, "client", upCA.issue(t))
+		f.put(t, "password", fmt.Appendf(nil, "password %d\n", n))
+		return pair
+	}
+	put(0)
+	relay := start(t, "-tls-cert-file", f.path("server.crt"), "-tls-key-file", f.path("server.key"),
+		"-tls-client-ca-file", f.path("clients.crt"), "-tls-client-auth-type", "RequireAndVerifyClientCert",
+		"-upstream", upURL+",tls-ca-file="+f.path("upstream.crt")+",tls-cert-file="+f.path("client.crt")+",tls-key-file="+f.path("client.key")+
+			",basic-auth-username=u,basic-auth-password-file="+f.path("password"))
+	config := trusting(ca, ca.issue(t).certificate(t))
+	var workers sync.WaitGroup
+	var done atomic.Bool
+	const each = 50
+	for _, proto := range []string{"HTTP/1.1", "h2", "HTTP/1.1 without keep-alive"} {
+		c := newTLSClient(t, proto, config)
+		c.Transport.(*http.Transport).DisableKeepAlives = strings.HasSuffix(proto, "keep-alive")
+		workers.Go(func() {
+			for range each {
+				resp, err := tryPost(t.Context(), c, relay.tlsURL("/ingest"), []byte("profile"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if resp := readAll(t, resp); resp.StatusCode != http.StatusOK {
+					t.Errorf("%s: %s", resp.Status, resp.body)
+				}
+			}
+		})
+	}
+	go func() {
+		workers.Wait()
+		done.Store(true)
+	}()
+	for n := 1; n <= 3 || !done.Load(); n++ {
+		pair := put(n)
+		relay.hangUp(t)
+		relay.awaitMetric(t, "pyroscope_relay_tls_certificate_expiry_seconds", float64(pair.certificate(t).Leaf.NotAfter.Unix()))
+		if got := shown(t, relay.addr, config); got != pair.serial(t) {
+			t.Errorf("swap %d: a client without a server name met another certificate", n)
+		}
+	}
+	workers.Wait()
+	got := up.requests()
+	if len(got) != 3*each || wrong.Load() > 0 {
+		t.Errorf("%d of %d requests arrived, %d with a wrong password", len(got), 3*each, wrong.Load())
+	}
+	if strings.Contains(relay.stderr.String(), "upstream is down") {
+		t.Error("an attempt at the upstream failed")
+	}
+}
+
+// follower runs follow on sources under the clock of a synctest bubble, until the test ends.
+func follower(t *testing.T, sources []*source) *output {
+	t.Helper()
+	var log output
+	go follow(t.Context(), sources, nil, slog.New(slog.NewTextHandler(&log, nil)))
+	return &log
+}
+
+// noticed is the time in which a change of files must be in use.
+const noticed = 10 * time.Second
+
+func TestChangedFilesAreNoticedByContent(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	pairs := []keyPair{ca.issue(t), ca.issue(t), ca.issue(t), ca.issue(t)}
+	f := newFolder(t)
+	synctest.Test(t, func(t *testing.T) {
+		s := newServerTLS()
+		f.serverFlags(t, pairs[0])
+		s.cert.file, s.key.file = f.path("server.crt"), f.path("server.key")
+		sources, err := s.open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		log := follower(t, sources)
+		serves := func(what string, want keyPair) {
+			t.Helper()
+			time.Sleep(noticed)
+			if got := s.current.Load().Certificates[0].Leaf.SerialNumber.String(); got != want.serial(t) {
+				t.Errorf("%s: another certificate is in use\n%s", what, log)
+			}
+		}
+		serves("at start", pairs[0])
+		f.putPair(t, "server", pairs[1])
+		for _, name := range []string{"server.crt", "server.key"} {
+			os.Chtimes(f.path(name), time.Unix(1, 0), time.Unix(1, 0))
+		}
+		serves("after a change with an old modification time", pairs[1])
+		f.put(t, "server.key", pairs[2].key)
+		time.Sleep(10 * noticed)
+		serves("with another's key", pairs[1])
+		os.Remove(f.path("server.crt"))
+		time.Sleep(10 * noticed)
+		serves("without a certificate", pairs[1])
+		if n := strings.Count(log.String(), "level=ERROR"); n != 2 || !strings.Contains(log.String(), "-tls-cert-file") {
+			t.Errorf("%d errors logged, want one for each change:\n%s", n, log)
+		}
+		f.putPair(t, "server", pairs[3])
+		serves("mended", pairs[3])
+	})
+}
+
+// Kubernetes replaces a mounted secret by renaming a symbolic link to its directory.
+func TestSwappedSymlinksAreNoticed(t *testing.T) {
+	t.Parallel()
+	f := newFolder(t)
+	turn := func(version string) {
+		dir := f.path(version)
+		if os.Mkdir(dir, 0o700) != nil || os.WriteFile(filepath.Join(dir, "token"), []byte("token-"+version), 0o600) != nil ||
+			os.Symlink(version, f.path("..data.new")) != nil || os.Rename(f.path("..data.new"), f.path("..data")) != nil {
+			t.Fatal("cannot make the directory")
+		}
+	}
+	turn("v1")
+	if err := os.Symlink("..data/token", f.path("token")); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		u, err := parseUpstream("http://h,bearer-token-file="+f.path("token"), retryPolicy{timeout: 1, minBackoff: 1, maxBackoff: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		follower(t, u.sources)
+		turn("v2")
+		time.Sleep(noticed)
+		if got := u.link.credentials.Load().authorization; got != "Bearer token-v2" {
+			t.Errorf("Authorization: %s", got)
+		}
+	})
+}
+
+// A session that began under one CA ends with it, while the change of the server's certificate leaves it alone.
+func TestResumedSessionsAreVerifiedAgain(t *testing.T) {
+	t.Parallel()
+	ca, next := newAuthority(t), newAuthority(t)
+	f := newFolder(t)
+	relay := start(t, append(f.serverFlags(t, ca.issue(t)), "-tls-client-auth-type", "RequireAndVerifyClientCert",
+		"-tls-client-ca-file", f.put(t, "clients.crt", ca.pem), "-upstream", "log:")...)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		config := trusting(ca, ca.issue(t).certificate(t))
+		config.ClientSessionCache, config.MaxVersion = tls.NewLRUClientSessionCache(1), version
+		resumed := func() (bool, error) {
+			c := newTLSClient(t, "HTTP/1.1", config) // a connection of its own
+			resp, err := tryPost(t.Context(), c, relay.tlsURL("/ingest"), nil)
+			if err != nil {
+				return false, err
+			}
+			readAll(t, resp)
+			c.CloseIdleConnections()
+			return resp.TLS.DidResume, nil
+		}
+		expect := func(what string, want bool) {
+			t.Helper()
+			if did, err := resumed(); did != want || err != nil {
+				t.Errorf("%s, %s: resumed %v, error %v", tls.VersionName(version), what, did, err)
+			}
+		}
+		expect("first", false)
+		expect("second", true)
+		pair := ca.issue(t, until(int(version)))
+		f.putPair(t, "server", pair)
+		relay.hangUp(t)
+		eventually(t, "the new certificate is served", func() bool {
+			return relay.metric(t, "pyroscope_relay_tls_certificate_expiry_seconds") == float64(pair.certificate(t).Leaf.NotAfter.Unix())
+		})
+		expect("after another server certificate", true)
+		f.put(t, "clients.crt", next.pem)
+		relay.hangUp(t)
+		eventually(t, "the session is refused", func() bool {
+			_, err := resumed()
+			return err != nil
+		})
+		config.GetClientCertificate = trusting(ca, next.issue(t).certificate(t)).GetClientCertificate
+		expect("with a certificate of the new CA", false)
+		f.put(t, "clients.crt", ca.pem)
+		relay.hangUp(t)
+		eventually(t, "the first CA is back", func() bool {
+			config.GetClientCertificate = trusting(ca, ca.issue(t).certificate(t)).GetClientCertificate
+			_, err := resumed()
+			return err == nil
+		})
+	}
+}
+
+func TestVerifyResumed(t *testing.T) {
+	t.Parallel()
+	ca, other := newAuthority(t), newAuthority(t)
+	state := func(resumed bool, edit ...func(*x509.Certificate)) tls.ConnectionState {
+		return tls.ConnectionState{DidResume: resumed, PeerCertificates: []*x509.Certificate{ca.issue(t, edit...).certificate(t).Leaf}}
+	}
+	serverOnly := func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }
+	for name, test := range map[string]struct {
+		state tls.ConnectionState
+		roots *x509.CertPool
+		good  bool
+	}{
+		"good":                {state(true), ca.pool(), true},
+		"no longer trusted":   {state(true), other.pool(), false},
+		"expired meanwhile":   {state(true, expired), ca.pool(), false},
+		"not for clients":     {state(true, serverOnly), ca.pool(), false},
+		"new session":         {state(false), other.pool(), true}, // crypto/tls has seen to it
+		"not verified at all": {state(true), nil, true},
+		"none, where one may": {tls.ConnectionState{DidResume: true}, ca.pool(), true},
+	} {
+		if err := verifyResumed(test.state, test.roots); (err == nil) != test.good {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A handshake that never ends is cut, gives its slot back, and is counted and logged once.
+func TestStalledHandshakeIsCut(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	relay := start(t, append(newFolder(t).serverFlags(t, ca.issue(t)), "-upstream", "log:", "-conn-limit", "1",
+		"-server-read-timeout", "100ms", "-log-level", "debug")...)
+	const errors = "pyroscope_receive_http_tls_handshake_errors_total"
+	for i, hello := range []string{"", "\x16\x03\x01\x02\x00\x01", "GET / HTTP/1.1\r\nHost: a\r\n\r\n"} {
+		c, err := net.Dial("tcp", relay.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, hello)
+		answer, _ := io.ReadAll(c) // to the end of the connection
+		if want := hello != "" && hello[0] == 'G'; strings.HasPrefix(string(answer), "HTTP/1.0 400") != want {
+			t.Errorf("hello %q was answered %q", hello, answer)
+		}
+		relay.awaitMetric(t, errors, float64(i+1))
+		relay.awaitMetric(t, "pyroscope_receive_http_tcp_connections", 0)
+	}
+	if resp := post(t, newTLSClient(t, "h2", trusting(ca, nil)), relay.tlsURL("/ingest"), nil); resp.StatusCode != http.StatusOK {
+		t.Errorf("the slot did not come free: %s", resp.Status)
+	}
+	if n := strings.Count(relay.stderr.String(), "TLS handshake error"); n != 3 || relay.metric(t, errors) != 3 {
+		t.Errorf("%d lines, %v counted, want 3", n, relay.metric(t, errors))
+	}
+}
+
+func TestUpstreamTLS(t *testing.T) {
+	t.Parallel()
+	ca, other := newAuthority(t), newAuthority(t)
+	f := newFolder(t)
+	caFile, otherFile := ",tls-ca-file="+f.put(t, "ca.crt", ca.pem), ",tls-ca-file="+f.put(t, "other.crt", other.pem)
+	f.putPair(t, "client", ca.issue(t))
+	client := ",tls-cert-file=" + f.path("client.crt") + ",tls-key-file=" + f.path("client.key")
+	plain := serving(t, ca.issue(t))
+	named := serving(t, ca.issue(t, func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = []string{"profiles.example"}, nil }))
+	mutual := serving(t, ca.issue(t))
+	mutual.ClientAuth, mutual.ClientCAs = tls.RequireAndVerifyClientCert, ca.pool()
+	old := serving(t, ca.issue(t))
+	old.MaxVersion = tls.VersionTLS12
+	for name, test := range map[string]struct {
+		server  *tls.Config
+		options string
+		status  int
+	}{
+		"unknown CA":         {plain, "", 502},
+		"private CA":         {plain, caFile, 200},
+		"wrong CA":           {plain, otherFile, 502},
+		"not verified":       {plain, ",tls-insecure-skip-verify=true", 200},
+		"verified":           {plain, ",tls-insecure-skip-verify=false", 502},
+		"name does not fit":  {named, caFile, 502},
+		"name given":         {named, caFile + ",tls-server-name=profiles.example", 200},
+		"other name given":   {plain, caFile + ",tls-server-name=profiles.example", 502},
+		"no certificate":     {mutual, caFile, 502},
+		"client certificate": {mutual, caFile + client, 200},
+		"TLS 1.2":            {old, caFile, 200},
+		"TLS 1.2 refused":    {old, caFile + ",tls-min-version=TLS13", 502},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			up, upURL := newTLSPeer(t, test.server, nil)
+			relay := start(t, fastRetries("-upstream", upURL+test.options)...)
+			resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), []byte("profile"))
+			if resp.StatusCode != test.status {
+				t.Fatalf("%s: %s", resp.Status, resp.body)
+			}
+			if test.status == 200 {
+				if got := up.one(t); got.proto != "HTTP/2.0" || string(got.body) != "profile" {
+					t.Errorf("%s, body %q", got.proto, got.body)
+				}
+			} else if string(resp.body) != "upstream-1: could not be reached\n" {
+				t.Errorf("the client is told %q", resp.body)
+			}
+			warned := strings.Contains(relay.stderr.String(), "level=WARN msg=\"tls-insecure-skip-verify")
+			if warned != strings.Contains(test.options, "verify=true") {
+				t.Errorf("warned: %v", warned)
+			}
+		})
+	}
+}
+
+// After a failure the client is renewed; it must go on speaking HTTP/2, and looking whether its connections live.
+func TestRenewedClientSpeaksHTTP2(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	up, upURL := newTLSPeer(t, serving(t, ca.issue(t)), func(w http.ResponseWriter, r *http.Request, n int) {
+		if n <= 2 {
+			panic(http.ErrAbortHandler)
+		}
+		accept(w, r)
+	})
+	relay := start(t, fastRetries("-upstream", upURL+",tls-ca-file="+newFolder(t).put(t, "ca.crt", ca.pem))...)
+	if resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), []byte("profile")); resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s", resp.Status, resp.body)
+	}
+	got := up.requests()
+	if len(got) != 3 {
+		t.Fatalf("%d attempts", len(got))
+	}
+	for _, r := range got {
+		if r.proto != "HTTP/2.0" {
+			t.Errorf("attempt over %s", r.proto)
+		}
+	}
+	if tr := newTransport(&retryPolicy{}, newLink()).Clone(); tr.HTTP2 == nil || tr.HTTP2.SendPingTimeout != pingAfter || tr.HTTP2.PingTimeout != pingPatience {
+		t.Error("a renewed client does not ping")
+	}
+}
+
+// A proxyServer is an HTTP proxy that notes what it is asked for.
+type proxyServer struct {
+	mu    sync.Mutex
+	calls []string // method, target and Proxy-Authorization
+}
+
+func (p *proxyServer) note(words ...string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.calls = append(p.calls, strings.Join(words, " "))
+}
+
+func (p *proxyServer) String() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return strings.Join(p.calls, "\n")
+}
+
+func (p *proxyServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.note(r.Method, r.RequestURI, r.Header.Get("Proxy-Authorization"))
+	if r.Method != http.MethodConnect {
+		r.Header.Del("Proxy-Authorization")
+		resp, err := new(http.Transport).RoundTrip(r)
+		if err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		w.WriteHeader(resp.StatusCode)
+		io.Copy(w, resp.Body)
+		return
+	}
+	w.WriteHeader(http.StatusOK)
+	c, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	splice(c, rw, r.Host)
+}
+
+// splice joins a client to a target until both are done.
+func splice(c net.Conn, from io.Reader, target string) {
+	defer c.Close()
+	far, err := net.Dial("tcp", target)
+	if err != nil {
+		return
+	}
+	defer far.Close()
+	go func() {
+		io.Copy(far, from)
+		far.Close()
+	}()
+	io.Copy(c, far)
+}
+
+// newSOCKS starts a SOCKS5 proxy (RFC 1928, RFC 1929) that takes one user and password, and returns its address.
+func newSOCKS(t testing.TB, p *proxyServer) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go p.serveSOCKS(c)
+		}
+	}()
+	return l.Addr().String()
+}
+
+func (p *proxyServer) serveSOCKS(c net.Conn) {
+	read := func(n byte) []byte {
+		b := make([]byte, n)
+		io.ReadFull(c, b)
+		return b
+	}
+	read(read(2)[1])         // methods
+	c.Write([]byte{5, 2})    // user and password
+	user := read(read(2)[1]) // after the version
+	password := read(read(1)[0])
+	c.Write([]byte{1, 0})
+	kind := read(4)[3]
+	host := ""
+	if kind == 1 {
+		host = net.IP(read(4)).String()
+	} else {
+		host = string(read(read(1)[0]))
+	}
+	port := read(2)
+	target := net.JoinHostPort(host, fmt.Sprint(int(port[0])<<8|int(port[1])))
+	p.note("SOCKS", target, string(user), string(password))
+	c.Write([]byte{5, 0, 0, 1, 0, 0, 0, 0, 0, 0})
+	splice(c, c, target)
+}
+
+func TestProxies(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	caFile := newFolder(t).put(t, "ca.crt", ca.pem)
+	for _, kind := range []string{"http", "https", "socks5"} {
+		for _, scheme := range []string{"http", "https"} {
+			if kind == "https" && scheme == "http" {
+				continue // the system's CAs alone vouch for that proxy
+			}
+			t.Run(scheme+" over "+kind, func(t *testing.T) {
+				t.Parallel()
+				p := &proxyServer{}
+				var addr string
+				switch kind {
+				case "socks5":
+					addr = newSOCKS(t, p)
+				default:
+					s := httptest.NewUnstartedServer(p)
+					if s.TLS = serving(t, ca.issue(t)); kind == "https" {
+						s.StartTLS()
+					} else {
+						s.Start()
+					}
+					t.Cleanup(s.Close)
+					addr = s.Listener.Addr().String()
+				}
+				up, upURL := newTLSPeer(t, serving(t, ca.issue(t, func(c *x509.Certificate) { c.DNSNames = []string{"profiles.example"} })), nil)
+				spec, wantProto := upURL+",tls-ca-file="+caFile+",tls-server-name=profiles.example", "HTTP/2.0"
+				target := strings.TrimPrefix(upURL, "https://")
+				if scheme == "http" {
+					spec, wantProto, target = up.URL, "HTTP/1.1", strings.TrimPrefix(up.URL, "http://")
+				}
+				relay := startEnv(t, []string{"HTTP_PROXY=http://127.0.0.1:1", "HTTPS_PROXY=http://127.0.0.1:1"},
+					"-upstream", spec+",proxy-url="+kind+"://us%3Aer:pass@"+addr)
+				if resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest?a=1"), []byte("profile")); resp.StatusCode != http.StatusOK {
+					t.Fatalf("%s: %s", resp.Status, resp.body)
+				}
+				if got := up.one(t); string(got.body) != "profile" || got.proto != wantProto || got.header.Get("Proxy-Authorization") != "" {
+					t.Errorf("%+v", got)
+				}
+				auth := "Basic " + base64.StdEncoding.EncodeToString([]byte("us:er:pass"))
+				want := map[string]string{"http": "POST http://" + target + "/ingest?a=1 " + auth, "https": "CONNECT " + target + " " + auth}[scheme]
+				if kind == "socks5" {
+					want = "SOCKS " + target + " us:er pass"
+				}
+				if p.String() != want {
+					t.Errorf("the proxy saw %q, want %q", p, want)
+				}
+			})
+		}
+	}
+}
+
+func TestCredentialsFollowTheirFiles(t *testing.T) {
+	t.Parallel()
+	a, b := newPeer(t, nil), newPeer(t, nil)
+	f := newFolder(t)
+	password, token := f.put(t, "password", []byte("pass: word\r\n")), f.put(t, "token", []byte("token-1\n"))
+	relay := start(t, "-forward-header", "Authorization",
+		"-upstream", a.URL+",basic-auth-username=user,basic-auth-password-file="+password, "-upstream", b.URL+",bearer-token-file="+token)
+	carried := func() [2]string {
+		resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), nil, "Authorization", "Bearer of the client")
+		if resp.StatusCode != http.StatusOK {
+			t.Fatal(resp.Status)
+		}
+		var got [2]string
+		for i, p := range []*peer{a, b} {
+			all := p.requests()
+			got[i] = strings.Join(all[len(all)-1].header["Authorization"], "|")
+		}
+		return got
+	}
+	basic := func(s string) string { return "Basic " + base64.StdEncoding.EncodeToString([]byte(s)) }
+	if got, want := carried(), [2]string{basic("user:pass: word"), "Bearer token-1"}; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	f.put(t, "password", nil)
+	f.put(t, "token", []byte("token-2"))
+	relay.hangUp(t)
+	eventually(t, "the new token is used", func() bool { return carried()[1] == "Bearer token-2" })
+	if got := carried()[0]; got != basic("user:pass: word") {
+		t.Errorf("an empty password file: %q", got)
+	}
+	if log := relay.stderr.String(); !strings.Contains(log, "basic-auth-password-file cannot be used: it is empty") {
+		t.Error("the empty file is not logged")
+	}
+}
+
+func TestExposedSecretsAreWarnedOf(t *testing.T) {
+	t.Parallel()
+	f := newFolder(t)
+	spec := "http://127.0.0.1:1,bearer-token-file=" + f.put(t, "token", []byte("t0ken"))
+	const warning = "every user of this host can read the file"
+	if relay := start(t, "-upstream", spec); strings.Contains(relay.stderr.String(), warning) {
+		t.Error("warned of a file that its owner alone can read")
+	}
+	if err := os.Chmod(f.path("token"), 0o604); err != nil {
+		t.Fatal(err)
+	}
+	relay := start(t, "-upstream", spec)
+	if log := relay.stderr.String(); strings.Count(log, warning) != 1 || !strings.Contains(log, "option=bearer-token-file") {
+		t.Error("not warned of a file that everybody can read")
+	}
+}
+
+// One secret stands in every place that can hold one; none may come out, whatever fails.
+func TestSecretsStayInside(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	pair := ca.issue(t)
+	f := newFolder(t)
+	secrets := map[string]string{
+		"password": "Secret-Pass:word", "token": "Secret-Token", "header": "Secret-Header", "proxy": "Secret-Proxy", "client": "Secret-Client",
+		"cookie": "Secret-Cookie", "key": strings.Split(string(pair.key), "\n")[1],
+		"basic": base64.StdEncoding.EncodeToString([]byte("user:Secret-Pass:word")), "proxy basic": base64.StdEncoding.EncodeToString([]byte("user:Secret-Proxy")),
+	}
+	echo := func(w http.ResponseWriter, r *http.Request, n int) {
+		w.WriteHeader([]int{http.StatusUnauthorized, http.StatusInternalServerError}[n%2])
+		_, password, _ := r.BasicAuth()
+		fmt.Fprintf(w, "do not know %q, password %s", r.Header, password)
+	}
+	_, tlsURL := newTLSPeer(t, serving(t, ca.issue(t)), echo)
+	plain := newPeer(t, echo)
+	env := []string{"PYROSCOPE_RELAY_TLS_CERT_PEM=" + string(pair.cert), "PYROSCOPE_RELAY_TLS_KEY_PEM=" + string(pair.key)}
+	args := fastRetries("-log-level", "debug",
+		"-upstream", tlsURL+",name=a,tls-insecure-skip-verify=true,basic-auth-username=user,basic-auth-password-file="+f.put(t, "password", []byte(secrets["password"])),
+		"-upstream", plain.URL+",name=b,bearer-token-file="+f.put(t, "token", []byte(secrets["token"])),
+		"-upstream", plain.URL+",name=c,header=Authorization: Bearer "+secrets["header"]+",header=X-Api-Key: "+secrets["header"],
+		"-upstream", plain.URL+",name=d,proxy-url=http://user:"+secrets["proxy"]+"@"+strings.TrimPrefix(plain.URL, "http://"),
+		"-upstream", "https://127.0.0.1:1,name=e,proxy-url=http://user:"+secrets["proxy"]+"@"+strings.TrimPrefix(plain.URL, "http://"),
+		"-upstream", "http://127.0.0.1:1,name=f,proxy-url=socks5://user:"+secrets["proxy"]+"@"+deadAddr(t))
+	relay := startEnv(t, env, args...)
+	c := newTLSClient(t, "HTTP/1.1", trusting(ca, nil))
+	out := map[string]string{}
+	for _, path := range []string{"/ingest", pushPath} {
+		for i := range 2 {
+			resp := post(t, c, relay.tlsURL(path), nil, "Authorization", "Bearer "+secrets["client"], "Cookie", secrets["cookie"], "Content-Type", "application/proto")
+			out[fmt.Sprint("answer of ", path, i)] = fmt.Sprint(resp.Header, string(resp.body))
+			if resp.StatusCode < 400 {
+				t.Errorf("%s: %s", path, resp.Status)
+			}
+		}
+	}
+	f.put(t, "token", []byte(secrets["token"]+"\nmore"))
+	f.put(t, "password", []byte(secrets["password"]+"\x00"))
+	relay.hangUp(t)
+	eventually(t, "both broken files are logged", func() bool { return strings.Count(relay.stderr.String(), "level=ERROR") == 2 })
+	out["metrics"] = relay.metrics(t)
+	_, out["vars"] = get(t, "http://"+relay.admin+"/debug/vars")
+	for _, last := range []string{"-h", "-check", "-version"} {
+		p, _ := runProgram(t, env, append(args, last)...)
+		out[last] = p.stdout.String() + p.stderr.String()
+	}
+	relay.signal(t, syscall.SIGQUIT) // a dump of all goroutines, as a panic makes it
+	relay.wait(t)
+	out["log"] = relay.stderr.String()
+	if !strings.Contains(out["answer of /ingest0"], "***") || !strings.Contains(out["log"], "attempt failed") || !strings.Contains(out["log"], "goroutine ") {
+		t.Errorf("this test sees less than it should: %q", out)
+	}
+	for place, text := range out {
+		for name, secret := range secrets {
+			if strings.Contains(text, secret) {
+				t.Errorf("the %s comes out in the %s:\n%s", name, place, tail(text))
+			}
+		}
+	}
+}
+
+func FuzzParseCAs(f *testing.F) {
+	ca := newAuthority(f)
+	f.Add(ca.pem)
+	f.Add(append(ca.pem, ca.pem[:len(ca.pem)/2]...))
+	f.Add([]byte("-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n"))
+	in := &input{name: "tls-ca", file: "x"}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		pool, err := parseCAs(in, b)
+		if (err == nil) == (pool == nil) {
+			t.Fatal("neither a pool nor an error, or both")
+		}
+		if err == nil && !x509.NewCertPool().AppendCertsFromPEM(b) {
+			t.Fatal("crypto/x509 finds no certificate")
+		}
+	})
+}
+
+func FuzzLinkOptions(f *testing.F) {
+	f.Add("proxy-url", "socks5://user:secret@host:1080")
+	f.Add("tls-min-version", "TLS13")
+	f.Add("tls-insecure-skip-verify", "secret")
+	f.Fuzz(func(t *testing.T, name, value string) {
+		l := newLink()
+		_, err := l.set(name, value)
+		if err != nil && len(value) > 4 && strings.Contains(err.Error(), value) && !strings.Contains("want http, https or socks5 and a host want true or false TLS12 or TLS13", value) {
+			t.Fatalf("the message repeats the value: %v", err)
+		}
+		if err == nil && l.proxy != nil {
+			tr := newTransport(&retryPolicy{}, l)
+			if p, err := tr.Proxy(nil); err != nil || p.Host == "" {
+				t.Fatalf("accepted a proxy without a host: %q", value)
+			}
+		}
+	})
 }
