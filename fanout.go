@@ -429,8 +429,7 @@ type upstream struct {
 	name     string // in metrics and logs
 	public   string // what clients hear it called
 	required bool
-	url      *url.URL    // nil: log every profile and accept it
-	header   http.Header // set on every request, over the payload's
+	url      *url.URL // nil: log every profile and accept it
 	retry    retryPolicy
 	link     *link
 	client   atomic.Pointer[http.Transport]
@@ -486,6 +485,9 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int) outcome {
 	defer cancel()
 	client := u.client.Load()
 	a, err := u.exchange(ctx, client, p)
+	if a != nil && a.status != http.StatusOK {
+		a.body = u.link.hide(a.body)
+	}
 	out := judge(p, a, err, &u.retry)
 	if err != nil {
 		u.renew(client)
@@ -524,9 +526,6 @@ func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payl
 	if err != nil && resp.StatusCode/100 == 2 {
 		return nil, err
 	}
-	if resp.StatusCode != http.StatusOK {
-		body = u.link.hide(body)
-	}
 	return &answer{
 		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")), encoding: resp.Header.Get("Content-Encoding"),
 		retryAfter: resp.Header.Get("Retry-After"), body: body,
@@ -541,7 +540,8 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 		target.RawPath += p.path()
 	}
 	target.RawQuery = p.query
-	header := make(http.Header, len(p.header)+len(u.header)+1)
+	own := u.link.header()
+	header := make(http.Header, len(p.header)+len(own)+1)
 	for name, values := range p.header {
 		header[name] = values
 	}
@@ -552,14 +552,11 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 		left := time.Until(p.expires).Milliseconds()
 		header["Connect-Timeout-Ms"] = []string{strconv.FormatInt(max(1, left), 10)}
 	}
-	for name, values := range u.header {
+	for name, values := range own {
 		header[name] = values
 	}
-	if v := u.link.credentials.Load().authorization; v != "" {
-		header["Authorization"] = []string{v}
-	}
 	return (&http.Request{
-		Method: http.MethodPost, URL: &target, Host: cmp.Or(u.header.Get("Host"), u.url.Host), Header: header,
+		Method: http.MethodPost, URL: &target, Host: cmp.Or(own.Get("Host"), u.url.Host), Header: header,
 		Body: io.NopCloser(bytes.NewReader(p.body)), ContentLength: int64(len(p.body)),
 		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(p.body)), nil },
 	}).WithContext(ctx)

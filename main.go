@@ -660,7 +660,7 @@ func newRelay(c *config, log *slog.Logger) *relay {
 func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 	f := &fanout{mirrorRoom: int64(c.maxInflight / 4)}
 	for i, uc := range c.upstreams {
-		u := &upstream{name: uc.label(), public: uc.name, required: uc.required, url: uc.url, header: uc.header, retry: uc.retry, link: uc.link, log: log}
+		u := &upstream{name: uc.label(), public: uc.name, required: uc.required, url: uc.url, retry: uc.retry, link: uc.link, log: log}
 		if u.public == "" {
 			u.public = fmt.Sprintf("upstream-%d", i+1)
 		}

@@ -341,36 +341,35 @@ func countHandshakes(failed *expvar.Int, next func(net.Conn, http.ConnState)) fu
 	}
 }
 
-// A link is how one upstream is reached: TLS, proxy and credentials. Its methods are safe for concurrent use once it is
-// valid and its sources were looked at.
+// A link is how one upstream is reached: TLS, proxy, and the headers that are its own, credentials among them. Its methods
+// are safe for concurrent use once open has returned.
 type link struct {
 	ca, cert, key, password, token input
 	username, serverName           string
 	minVersion                     uint16
 	skipVerify                     bool
-	proxy                          *url.URL // nil: none
-	tlsOptions                     []string // the tls- options that were given
-	hidden                         []string // secrets given in the command line itself
+	proxy                          *url.URL    // nil: none
+	tlsOptions                     []string    // the tls- options that were given
+	fixed                          http.Header // given in the command line itself
+	hidden                         []string    // secrets given there
 
-	changed     func()                     // called when config has a new value; may be nil
-	current     atomic.Pointer[tls.Config] // nil: plain HTTP
-	credentials atomic.Pointer[credentials]
+	changed func()                     // called when config has a new value; may be nil
+	current atomic.Pointer[tls.Config] // nil: plain HTTP
+	own     atomic.Pointer[ownHeader]
 }
 
-// credentials are what a link's requests carry as Authorization.
-type credentials struct {
-	authorization string
-	hidden        []string // what of it is secret, in each form it may be seen in
+// An ownHeader is what every request of a link carries, whatever its client sent. It is not changed once made.
+type ownHeader struct {
+	header http.Header
+	hidden []string // what of it is secret, in each form it may be seen in
 }
 
 func newLink() *link {
-	l := &link{
+	return &link{
 		ca: input{name: "tls-ca"}, cert: input{name: "tls-cert"}, key: input{name: "tls-key", secret: true},
 		password: input{name: "basic-auth-password", secret: true}, token: input{name: "bearer-token", secret: true},
 		minVersion: tls.VersionTLS12,
 	}
-	l.credentials.Store(&credentials{})
-	return l
 }
 
 // set gives one option its value. ok is false if it is not one of a link's. The error does not repeat the value.
@@ -450,6 +449,8 @@ func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, er
 	if err := l.validate(u, header); err != nil {
 		return nil, err
 	}
+	l.fixed = header
+	l.own.Store(&ownHeader{header: header})
 	for name, values := range header {
 		for _, v := range values {
 			if name != "X-Scope-Orgid" {
@@ -501,13 +502,22 @@ func (l *link) applyCredentials(contents [][]byte) error {
 		if strings.ContainsFunc(secret, func(r rune) bool { return r <= ' ' || r > '~' }) {
 			return in.fault(errors.New("a token has no spaces and only ASCII characters"))
 		}
-		l.credentials.Store(&credentials{"Bearer " + secret, []string{secret}})
+		l.authorize("Bearer "+secret, secret)
 		return nil
 	}
 	pair := basicAuth(l.username, secret)
-	l.credentials.Store(&credentials{"Basic " + pair, []string{pair, secret}})
+	l.authorize("Basic "+pair, pair, secret)
 	return nil
 }
+
+func (l *link) authorize(authorization string, hidden ...string) {
+	header := l.fixed.Clone()
+	header["Authorization"] = []string{authorization}
+	l.own.Store(&ownHeader{header, hidden})
+}
+
+// header is what every request carries, over what its client sent. It must not be changed.
+func (l *link) header() http.Header { return l.own.Load().header }
 
 // basicAuth is what follows "Basic " in a header (RFC 7617, section 2).
 func basicAuth(user, password string) string {
@@ -529,7 +539,7 @@ func (l *link) proxyConfig() *tls.Config {
 
 // hide blots out the link's secrets from a text that its upstream sent: some repeat the credentials they refuse.
 func (l *link) hide(text []byte) []byte {
-	for _, secret := range slices.Concat(l.hidden, l.credentials.Load().hidden) {
+	for _, secret := range slices.Concat(l.hidden, l.own.Load().hidden) {
 		if len(secret) >= minSecret {
 			text = bytes.ReplaceAll(text, []byte(secret), []byte("***"))
 		}

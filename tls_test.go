@@ -640,7 +640,7 @@ func TestSwappedSymlinksAreNoticed(t *testing.T) {
 		follower(t, u.sources)
 		turn("v2")
 		time.Sleep(noticed)
-		if got := u.link.credentials.Load().authorization; got != "Bearer token-v2" {
+		if got := u.link.header().Get("Authorization"); got != "Bearer token-v2" {
 			t.Errorf("Authorization: %s", got)
 		}
 	})
