@@ -836,6 +836,56 @@ func TestRenewedClientSpeaksHTTP2(t *testing.T) {
 	}
 }
 
+// Once the files of a link change, new requests go out under them; one under way ends as it began.
+func TestUpstreamTLSFollowsItsFiles(t *testing.T) {
+	t.Parallel()
+	ca, other := newAuthority(t), newAuthority(t)
+	server := serving(t, ca.issue(t))
+	server.ClientAuth, server.ClientCAs = tls.RequireAndVerifyClientCert, ca.pool()
+	arrived, release := make(chan string, 3), make(chan struct{})
+	_, upURL := newTLSPeer(t, server, func(w http.ResponseWriter, r *http.Request, n int) {
+		arrived <- r.TLS.PeerCertificates[0].SerialNumber.String()
+		if n == 1 {
+			<-release
+		}
+		accept(w, r)
+	})
+	f := newFolder(t)
+	before, after := ca.issue(t), ca.issue(t)
+	f.putPair(t, "client", before)
+	relay := start(t, fastRetries("-upstream", upURL+",tls-ca-file="+f.put(t, "ca.crt", ca.pem)+",tls-cert-file="+f.path("client.crt")+",tls-key-file="+f.path("client.key"))...)
+	send := func(want int) {
+		t.Helper()
+		if resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), nil); resp.StatusCode != want {
+			t.Errorf("%s, want %d: %s", resp.Status, want, resp.body)
+		}
+	}
+	reload := func(n int) {
+		t.Helper()
+		relay.hangUp(t)
+		eventually(t, "the files are in use", func() bool { return strings.Count(relay.stderr.String(), "changed files are in use") == n })
+	}
+	var underWay sync.WaitGroup
+	underWay.Go(func() { send(http.StatusOK) })
+	if got := <-arrived; got != before.serial(t) {
+		t.Errorf("certificate %s at first", got)
+	}
+	f.putPair(t, "client", after)
+	reload(1)
+	send(http.StatusOK)
+	if got := <-arrived; got != after.serial(t) {
+		t.Errorf("certificate %s after the change, want %s", got, after.serial(t))
+	}
+	close(release)
+	underWay.Wait()
+	f.put(t, "ca.crt", other.pem)
+	reload(2)
+	send(http.StatusBadGateway)
+	f.put(t, "ca.crt", ca.pem)
+	reload(3)
+	send(http.StatusOK)
+}
+
 // A proxyServer is an HTTP proxy that notes what it is asked for.
 type proxyServer struct {
 	mu    sync.Mutex
@@ -1085,7 +1135,7 @@ func TestSecretsStayInside(t *testing.T) {
 	eventually(t, "both broken files are logged", func() bool { return strings.Count(relay.stderr.String(), "level=ERROR") == 2 })
 	out["metrics"] = relay.metrics(t)
 	_, out["vars"] = get(t, "http://"+relay.admin+"/debug/vars")
-	for _, last := range []string{"-h", "-check", "-version"} {
+	for _, last := range []string{"-h", "-check", "-version"} { // -check meets the broken files
 		p, _ := runProgram(t, env, append(args, last)...)
 		out[last] = p.stdout.String() + p.stderr.String()
 	}
@@ -1093,7 +1143,7 @@ func TestSecretsStayInside(t *testing.T) {
 	relay.wait(t)
 	out["log"] = relay.stderr.String()
 	if !strings.Contains(out["answer of /ingest0"], "***") || !strings.Contains(out["log"], "attempt failed") || !strings.Contains(out["log"], "goroutine ") {
-		t.Errorf("this test sees less than it should: %q", out)
+		t.Error("this test sees less than it should")
 	}
 	for place, text := range out {
 		for name, secret := range secrets {
