@@ -11,6 +11,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -46,6 +47,13 @@ const idleUpstream = 30 * time.Second
 
 // maxIdleUpstream is how many unused connections are kept for each upstream.
 const maxIdleUpstream = 256
+
+// An HTTP/2 connection to an upstream is asked for a sign of life after pingAfter without a frame from there, and given
+// up when none has come after pingPatience more. One that died silently would swallow requests for minutes otherwise.
+const (
+	pingAfter    = 10 * time.Second
+	pingPatience = 5 * time.Second
+)
 
 // minMirrorCharge is what a small body counts for in the mirrors' share of memory, in bytes: its bookkeeping is there
 // even when the body is empty.
@@ -427,9 +435,9 @@ type upstream struct {
 	name     string // in metrics and logs
 	public   string // what clients hear it called
 	required bool
-	url      *url.URL    // nil: log every profile and accept it
-	header   http.Header // set on every request, over the payload's
+	url      *url.URL // nil: log every profile and accept it
 	retry    retryPolicy
+	link     *link
 	client   atomic.Pointer[http.Transport]
 	metrics  *endpointMetrics
 	log      *slog.Logger
@@ -491,6 +499,9 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int) outcome {
 	defer cancel()
 	client := u.client.Load()
 	a, err := u.exchange(ctx, client, p)
+	if a != nil && a.status != http.StatusOK {
+		a.body = u.link.hide(a.body)
+	}
 	out := judge(p, a, err, &u.retry)
 	if err != nil && !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
 		u.renew(client)
@@ -507,6 +518,11 @@ func (u *upstream) renew(old *http.Transport) {
 	if u.client.CompareAndSwap(old, old.Clone()) {
 		old.CloseIdleConnections()
 	}
+}
+
+// redial makes a new client: the link has changed. Exchanges under way are not disturbed.
+func (u *upstream) redial() {
+	u.client.Swap(newTransport(&u.retry, u.link)).CloseIdleConnections()
 }
 
 // exchange sends p and reads the answer to its end. An answer counts only when it is whole, unless its status alone
@@ -539,7 +555,8 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	target.Path += p.path()
 	target.RawPath += p.path()
 	target.RawQuery = p.query
-	header := make(http.Header, len(p.header)+len(u.header)+1)
+	own := u.link.header()
+	header := make(http.Header, len(p.header)+len(own)+1)
 	for name, values := range p.header {
 		header[name] = values
 	}
@@ -550,7 +567,7 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 		left := time.Until(p.expires).Milliseconds()
 		header["Connect-Timeout-Ms"] = []string{strconv.FormatInt(max(1, left), 10)}
 	}
-	for name, values := range u.header {
+	for name, values := range own {
 		header[name] = values
 	}
 	body := func() (io.ReadCloser, error) {
@@ -561,7 +578,7 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	}
 	first, _ := body()
 	return (&http.Request{
-		Method: http.MethodPost, URL: &target, Host: cmp.Or(u.header.Get("Host"), u.url.Host), Header: header,
+		Method: http.MethodPost, URL: &target, Host: cmp.Or(own.Get("Host"), u.url.Host), Header: header,
 		Body: first, ContentLength: int64(len(p.body)), GetBody: body,
 	}).WithContext(ctx)
 }
@@ -574,9 +591,9 @@ func (u *upstream) logProfile(p *payload) outcome {
 }
 
 // newTransport makes the HTTP client of one upstream. It asks for no compression, follows nothing and uses no proxy
-// from the environment.
-func newTransport(r *retryPolicy) *http.Transport {
-	dialer := net.Dialer{Timeout: r.timeout}
+// from the environment. It speaks HTTP/2 where a server offers it in its TLS handshake.
+func newTransport(r *retryPolicy, l *link) *http.Transport {
+	dialer := &net.Dialer{Timeout: r.timeout}
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := dialer.DialContext(ctx, network, address)
 		if err != nil {
@@ -584,10 +601,21 @@ func newTransport(r *retryPolicy) *http.Transport {
 		}
 		return &attentiveConn{Conn: c, closed: make(chan struct{})}, nil
 	}
-	return &http.Transport{
+	t := &http.Transport{
 		DialContext: dial, DisableCompression: true, TLSHandshakeTimeout: r.timeout,
 		MaxIdleConnsPerHost: maxIdleUpstream, IdleConnTimeout: idleUpstream, MaxResponseHeaderBytes: maxAnswerHeader,
+		TLSClientConfig: l.config(), Protocols: new(http.Protocols),
+		HTTP2: &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingPatience},
 	}
+	t.Protocols.SetHTTP1(true)
+	t.Protocols.SetHTTP2(true)
+	if l.proxy != nil {
+		t.Proxy = http.ProxyURL(l.proxy)
+		if l.proxy.Scheme == "https" {
+			t.DialTLSContext = (&tls.Dialer{NetDialer: dialer, Config: l.proxyConfig()}).DialContext
+		}
+	}
+	return t
 }
 
 // lastWords is how long a failed write waits for the answer that may explain it.

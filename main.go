@@ -170,6 +170,7 @@ type config struct {
 	maxBody, maxInflight                             byteSize
 	retry                                            retryPolicy // of upstreams that do not say otherwise
 	upstream, forwardHeader                          lines
+	tls                                              *serverTLS
 	check, healthcheck, version                      bool
 
 	flags     *flag.FlagSet
@@ -177,6 +178,7 @@ type config struct {
 	upstreams []upstreamConfig
 	forward   []string // canonical header names
 	level     slog.Level
+	sources   []*source // of certificates and credentials
 }
 
 // An option is one flag, or a heading of -h where value is nil.
@@ -192,7 +194,7 @@ func defaults() *config {
 		listenPort: 8080, connLimit: 16384,
 		readTimeout: 30 * time.Second, writeTimeout: 30 * time.Second, idleTimeout: 120 * time.Second,
 		deliveryTimeout: 9 * time.Second, shutdownTimeout: 30 * time.Second,
-		maxBody: 64 * mib, maxInflight: 256 * mib,
+		maxBody: 64 * mib, maxInflight: 256 * mib, tls: newServerTLS(),
 		retry: retryPolicy{
 			timeout: 10 * time.Second, minBackoff: 500 * time.Millisecond, maxBackoff: 5 * time.Minute, retries: 10, on429: true,
 		},
@@ -211,6 +213,15 @@ func (c *config) options() []option {
 		{&c.idleTimeout, "server-idle-timeout", "time an idle keep-alive connection is kept"},
 		{&c.maxBody, "max-body-size", "largest request body, in bytes or with KiB, MiB, GiB, KB, MB, GB"},
 		{&c.maxInflight, "max-inflight-bytes", "most body bytes held in memory at once, all requests together"},
+		{nil, "TLS", ""},
+		{&c.tls.cert.file, "tls-cert-file", "file of the server's certificate, in PEM; without one clients talk plain HTTP"},
+		{&c.tls.cert.text, "tls-cert-pem", "the certificate itself"},
+		{&c.tls.key.file, "tls-key-file", "file of its key, in PEM"},
+		{&c.tls.key.text, "tls-key-pem", "the key itself; for the environment: every user of the host can see a command line"},
+		{&c.tls.ca.file, "tls-client-ca-file", "file of the CAs that client certificates are verified against, in PEM"},
+		{&c.tls.ca.text, "tls-client-ca-pem", "these CAs themselves"},
+		{&c.tls.authType, "tls-client-auth-type", "NoClientCert, RequestClientCert, RequireAnyClientCert, VerifyClientCertIfGiven or RequireAndVerifyClientCert"},
+		{&c.tls.version, "tls-min-version", "TLS12 or TLS13"},
 		{nil, "Upstreams", ""},
 		{&c.upstream, "upstream", "URL[,option=value]...: where profiles go; repeat for more, options below"},
 		{&c.deliveryTimeout, "delivery-timeout", "time for all attempts for one profile together"},
@@ -346,7 +357,7 @@ func (c *config) validate() error {
 		return c.validateListening()
 	}
 	return errors.Join(c.validateListening(), c.validateDurations(), c.validateSizes(), validateRetry("-", &c.retry),
-		c.validateLogging(), c.parseUpstreams(), c.parseForwardHeaders())
+		c.validateLogging(), c.openTLS(), c.parseUpstreams(), c.parseForwardHeaders())
 }
 
 func (c *config) validateListening() error {
@@ -389,6 +400,11 @@ func (c *config) validateSizes() error {
 		return fmt.Errorf("-max-body-size (%s) must not be above -max-inflight-bytes (%s): such a body would never find room", &c.maxBody, &c.maxInflight)
 	}
 	return nil
+}
+
+func (c *config) openTLS() (err error) {
+	c.sources, err = c.tls.open()
+	return err
 }
 
 // validateRetry checks what -flags and upstream options share; prefix stands before their names in faults.
@@ -461,6 +477,16 @@ type upstreamConfig struct {
 	required bool
 	header   http.Header
 	retry    retryPolicy
+	link     *link
+	sources  []*source // of link
+}
+
+// open checks the options on how the upstream is reached and reads the files they name.
+func (u *upstreamConfig) open() (err error) {
+	if u.url != nil {
+		u.sources, err = u.link.open(u.url, u.header, u.label())
+	}
+	return err
 }
 
 // label is the upstream's name in metrics and logs.
@@ -493,7 +519,7 @@ func (c *config) parseUpstreams() error {
 			continue
 		}
 		seen[u.label()] = true
-		c.upstreams = append(c.upstreams, u)
+		c.upstreams, c.sources = append(c.upstreams, u), append(c.sources, u.sources...)
 	}
 	return errors.Join(faults...)
 }
@@ -512,7 +538,7 @@ func prefixed(prefix string, err error) (faults []error) {
 // parseUpstream reads one -upstream: a CSV record of a URL and options. Faults never repeat the URL or a value, where
 // there may be a secret.
 func parseUpstream(spec string, retry retryPolicy) (upstreamConfig, error) {
-	u := upstreamConfig{required: true, header: http.Header{}, retry: retry}
+	u := upstreamConfig{required: true, header: http.Header{}, retry: retry, link: newLink()}
 	r := csv.NewReader(strings.NewReader(spec))
 	fields, err := r.Read()
 	if err != nil {
@@ -537,6 +563,9 @@ func parseUpstream(spec string, retry retryPolicy) (upstreamConfig, error) {
 			err = fmt.Errorf("option %s means nothing to log:", name)
 		}
 		faults, given[name] = append(faults, err), true
+	}
+	if faults[0] == nil {
+		faults = append(faults, u.open())
 	}
 	if u.retry != retry {
 		faults = append(faults, validateRetry("", &u.retry))
@@ -577,6 +606,11 @@ func (u *upstreamConfig) parseURL(s string) error {
 
 // set gives one option its value.
 func (u *upstreamConfig) set(name, value string) (err error) {
+	if ok, err := u.link.set(name, value); ok && err != nil {
+		return fmt.Errorf("option %s has a value that cannot be used: %w", name, err)
+	} else if ok {
+		return nil
+	}
 	switch name {
 	case "name":
 		u.name = value
@@ -646,6 +680,12 @@ func (c *config) printUsage(w io.Writer) {
 		"  name                    label in metrics and logs (default the URL)\n"+
 		"  required                false: a mirror, whose failures and slowness never reach a client (default true)\n"+
 		"  header                  'Name: value' set on every request; repeat for more\n"+
+		"  basic-auth-username, basic-auth-password-file, bearer-token-file\n"+
+		"                          credentials; the files are read again when they change\n"+
+		"  tls-ca-file, tls-cert-file, tls-key-file, tls-server-name, tls-min-version, tls-insecure-skip-verify\n"+
+		"                          for https: CAs (default the system's), client certificate and key, the name in the\n"+
+		"                          server's certificate, TLS12 (default) or TLS13, true to verify nothing\n"+
+		"  proxy-url               http, https or socks5 proxy; those in the environment are not used\n"+
 		"  remote-timeout, min-backoff-period, max-backoff-period, max-backoff-retries, retry-on-http-429,\n"+
 		"  retry-on-http-422       as the flags, for this upstream alone\n"+
 		"The URL log: stands for a built-in upstream that logs a line for each profile.\n")
@@ -682,6 +722,10 @@ type relay struct {
 func newRelay(c *config, log *slog.Logger) *relay {
 	r := &relay{config: c, log: log, metrics: newMetrics()}
 	r.fan = newFanout(c, r.metrics, log)
+	if c.tls.enabled() {
+		r.metrics.certificate(c.tls.expiry)
+	}
+	warnExposed(c.sources, log)
 	return r
 }
 
@@ -689,12 +733,16 @@ func newRelay(c *config, log *slog.Logger) *relay {
 func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 	f := &fanout{mirrorRoom: int64(c.maxInflight / 4)}
 	for i, uc := range c.upstreams {
-		u := &upstream{name: uc.label(), public: uc.name, required: uc.required, url: uc.url, header: uc.header, retry: uc.retry, log: log}
+		u := &upstream{name: uc.label(), public: uc.name, required: uc.required, url: uc.url, retry: uc.retry, link: uc.link, log: log}
 		if u.public == "" {
 			u.public = fmt.Sprintf("upstream-%d", i+1)
 		}
 		u.metrics = m.endpoint(u.name)
-		u.client.Store(newTransport(&u.retry))
+		u.client.Store(newTransport(&u.retry, u.link))
+		u.link.changed = u.redial
+		if u.link.skipVerify {
+			log.Warn("tls-insecure-skip-verify: anybody on the way can pose as this upstream", "upstream", u.name)
+		}
 		if u.required {
 			f.required = append(f.required, u)
 		} else {
@@ -789,7 +837,7 @@ func (r *relay) dataServer() *http.Server {
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerConnection: http2Window, MaxReceiveBufferPerStream: http2Window,
 		},
-		ConnState: r.conns.state, ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
+		ConnState: countHandshakes(r.metrics.handshakeErrors, r.conns.state), ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
 }
@@ -809,13 +857,19 @@ func (r *relay) serve(ctx context.Context) int {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+	following, unfollow := context.WithCancel(ctx)
+	defer unfollow()
+	go follow(following, r.config.sources, hangups, r.log)
 	failed := make(chan error, 2)
 	if r.adminSocket != nil {
 		r.log.Info("admin listening", "addr", r.adminSocket.Addr())
 		go func() { failed <- r.admin.Serve(r.adminSocket) }()
 	}
 	defer r.admin.Close()
-	go func() { failed <- r.data.Serve(r.conns) }()
+	go func() { failed <- r.serveData() }()
 	r.log.Info("listening", "addr", r.conns.Addr())
 	r.notify("READY=1")
 	alive, end := context.WithCancel(context.WithoutCancel(ctx))
@@ -838,6 +892,15 @@ func (r *relay) serve(ctx context.Context) int {
 	}
 	r.log.Info("stopped")
 	return exitOK
+}
+
+// serveData serves clients until the server is shut down, over TLS if there is a certificate.
+func (r *relay) serveData() error {
+	if r.config.tls.enabled() {
+		r.data.TLSConfig = r.config.tls.config()
+		return r.data.ServeTLS(r.conns, "", "")
+	}
+	return r.data.Serve(r.conns)
 }
 
 // drain stops taking requests and waits for those in flight, until -shutdown-timeout or another signal. Its deadline is

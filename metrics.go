@@ -78,7 +78,7 @@ type metrics struct {
 	families []family
 
 	connections, connectionsLimit, reclaimed, limitWaits *expvar.Int
-	inflightRequests, inflightBytes                      *expvar.Int
+	handshakeErrors, inflightRequests, inflightBytes     *expvar.Int
 
 	requests     *expvar.Map // by route and code
 	requestBytes [routes]*expvar.Int
@@ -93,6 +93,7 @@ func newMetrics() *metrics {
 	m.connectionsLimit = m.number("pyroscope_receive_http_tcp_connections_limit", "Most client connections at once; 0 = no limit.", "gauge")
 	m.reclaimed = m.number("pyroscope_receive_http_tcp_connections_reclaimed_total", "Idle client connections closed to make room for another.", "counter")
 	m.limitWaits = m.number("pyroscope_receive_http_tcp_connections_limit_waits_total", "Client connections that found no free slot and had to wait.", "counter")
+	m.handshakeErrors = m.number("pyroscope_receive_http_tls_handshake_errors_total", "Client connections that ended before their TLS handshake was done.", "counter")
 	m.requests = m.family("pyroscope_receive_http_requests_total", "Requests answered, by route and HTTP status or grpc-N.", "counter")
 	bytes := m.family("pyroscope_receive_http_request_bytes_total", "Request body bytes read from clients.", "counter")
 	for r := range routes {
@@ -153,6 +154,11 @@ func requestLabels(r routeID, code string) string {
 // request counts one answered request. code is an HTTP status or "grpc-" and a gRPC status number.
 func (m *metrics) request(r routeID, code string) {
 	m.requests.Add(requestLabels(r, code), 1)
+}
+
+// certificate declares the gauge of the server certificate's end.
+func (m *metrics) certificate(expiry func() any) {
+	m.gauge("pyroscope_relay_tls_certificate_expiry_seconds", "Unix time at which the server's certificate expires.", expiry)
 }
 
 // buildInfo declares the gauge that says which build runs here.
