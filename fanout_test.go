@@ -358,7 +358,7 @@ func TestHangUps(t *testing.T) {
 					accept(w, r)
 				})
 				mirror := newPeer(t, nil)
-				relay := start(t, fastRetries("-upstream", upstream.URL+",name=u", "-upstream", mirror.URL+",name=m,required=false")...)
+				relay := start(t, fastRetries("-delivery-timeout", "25s", "-upstream", upstream.URL+",name=u", "-upstream", mirror.URL+",name=m,required=false")...)
 				ctx, hangUp := context.WithCancel(t.Context())
 				gone := make(chan error)
 				go func() {
