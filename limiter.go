@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,13 +31,17 @@ import (
 // roomWait is how long a request waits for room in the budget before it is told 503.
 const roomWait = 5 * time.Second
 
-// First steps of a body's buffer, in bytes. A buffer is made whole at once up to its step; beyond that it doubles as
-// bytes come, so that a client that declares much and sends little holds little. One HTTP/2 connection brings up to
-// 250 bodies at once, and a chunked body says nothing of its size: hence the smaller step for both.
+// Steps of a body's buffer, in bytes. A buffer is made whole at once up to its step; beyond that it doubles as bytes
+// come, so that a client that declares much and sends little holds little. One HTTP/2 connection brings up to 250 bodies
+// at once, and a chunked body says nothing of its size: both begin with the smaller step. A declared body goes on with
+// the larger one: many that grow in small steps would take all the room together, and none would ever be whole.
 const (
-	firstStep      = 64 << 10
-	firstStepHTTP1 = 1 << 20
+	firstStep    = 64 << 10
+	declaredStep = 1 << 20
 )
+
+// maxLitter is how many bytes of bodies that are done with may lie about, beyond the budget, before they are collected.
+const maxLitter = 16 << 20
 
 // maxTenant is the longest tenant ID Pyroscope takes, in bytes.
 const maxTenant = 150
@@ -58,6 +63,9 @@ const quietHTTP2 = 250 * time.Millisecond
 // from the closing of the listener to the end of a request's head.
 const arrivalTime = time.Second
 
+// connStep is how many connections more it takes to make the runtime's memory limit larger.
+const connStep = 1024
+
 // A connLimiter is a listener that has at most so many of its connections open. At the limit the next connection is
 // accepted and parked; it gets the slot of the first that closes, and the longest idle one is asked to.
 //
@@ -71,8 +79,10 @@ type connLimiter struct {
 	metrics *metrics
 	log     *slog.Logger
 	full    throttle
+	grown   func(most int) // if not nil, told in steps of connStep how many connections were open at most
 
 	mu       sync.Mutex
+	most     int // connStep and up
 	open     map[*limitedConn]bool
 	idle     list.List // of *limitedConn, the longest idle first
 	parked   bool      // a connection waits for a slot
@@ -82,7 +92,7 @@ type connLimiter struct {
 
 // limitListener lets limit connections of l be open at once, 0 = any number.
 func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *connLimiter {
-	c := &connLimiter{Listener: l, closed: make(chan struct{}), metrics: m, log: log, open: map[*limitedConn]bool{}}
+	c := &connLimiter{Listener: l, closed: make(chan struct{}), metrics: m, log: log, most: connStep, open: map[*limitedConn]bool{}}
 	if limit > 0 {
 		c.slots = make(chan struct{}, limit)
 	}
@@ -99,10 +109,18 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 	c.slot = l.acquire()
 	l.metrics.connections.Add(1)
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.open[c] = true
 	if l.stopping {
 		c.askLocked()
+	}
+	more := len(l.open) > l.most
+	if more {
+		l.most += connStep
+	}
+	most := l.most
+	l.mu.Unlock()
+	if more && l.grown != nil {
+		l.grown(most)
 	}
 	return c, nil
 }
@@ -407,8 +425,10 @@ func (c *limitedConn) SetDeadline(t time.Time) error {
 type budget struct {
 	mu      sync.Mutex
 	free    int64
+	litter  int64     // bytes given back that the collector may not have found yet
 	waiting list.List // of *claim
 	metrics *metrics
+	sweep   sync.Mutex // one collection at a time
 }
 
 type claim struct {
@@ -454,7 +474,26 @@ func (b *budget) give(n int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.free += n
+	b.litter += n
 	b.grantLocked()
+}
+
+// tidy is to be called before bytes are used that were taken; left is the size of a buffer that they replace. It
+// collects garbage when bodies that are done with and those that are not together exceed the budget: left to itself the
+// collector comes too late when many large bodies replace each other at once.
+func (b *budget) tidy(left int64) {
+	b.sweep.Lock()
+	defer b.sweep.Unlock()
+	b.mu.Lock()
+	b.litter += left
+	crowded := b.litter > b.free+maxLitter
+	if crowded {
+		b.litter = 0
+	}
+	b.mu.Unlock()
+	if crowded {
+		runtime.GC()
+	}
 }
 
 func (b *budget) grantLocked() {
@@ -721,11 +760,11 @@ func (g *gate) read(r *http.Request, id routeID, patience time.Duration) (body [
 	if r.ContentLength > g.maxBody {
 		return nil, 0, g.tooLarge()
 	}
-	b := bodyBuffer{limit: r.ContentLength, first: firstStep}
+	b := bodyBuffer{limit: r.ContentLength, first: firstStep, second: declaredStep}
 	if b.limit < 0 {
-		b.limit = g.maxBody
+		b.limit, b.second = g.maxBody, firstStep
 	} else if r.ProtoMajor == 1 {
-		b.first = firstStepHTTP1
+		b.first = declaredStep
 	}
 	defer func() { g.metrics.requestBytes[id].Add(int64(len(b.bytes))) }()
 	err := g.fill(r, &b, patience)
@@ -741,9 +780,10 @@ func (g *gate) read(r *http.Request, id routeID, patience time.Duration) (body [
 
 // A bodyBuffer is a body that is being read.
 type bodyBuffer struct {
-	bytes        []byte
-	limit, first int64 // most bytes, and the first step towards them
-	charged      int64 // bytes of the budget
+	bytes         []byte
+	charged       int64 // bytes of the budget
+	limit         int64 // most bytes
+	first, second int64 // steps towards them
 }
 
 // fill reads a body to its end. The error is a *fault, or what ended the body too early.
@@ -776,11 +816,16 @@ func (g *gate) grow(r *http.Request, b *bodyBuffer, patience time.Duration) (tim
 	if b.charged > 0 && b.charged == b.limit {
 		return 0, g.tooLarge()
 	}
-	size, asked := min(max(b.first, 2*b.charged), b.limit), time.Now()
+	size, asked := b.first, time.Now()
+	if b.charged > 0 {
+		size = max(b.second, 2*b.charged)
+	}
+	size = min(size, b.limit)
 	if !g.room.take(r.Context(), size-b.charged, patience) {
 		return 0, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
 			reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
 	}
+	g.room.tidy(b.charged)
 	b.bytes, b.charged = append(make([]byte, 0, size), b.bytes...), size
 	return patience - time.Since(asked), nil
 }

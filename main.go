@@ -25,6 +25,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,6 +44,17 @@ const maxStreams = 250
 // http2Window is how much of its bodies an HTTP/2 connection may send before they are read, in bytes: this much per
 // connection is outside the budget of -max-inflight-bytes.
 const http2Window = 64 << 10
+
+// http2Frame is the largest HTTP/2 frame, in bytes: the least that RFC 9113 allows, as every connection keeps a buffer
+// of that size.
+const http2Frame = 16 << 10
+
+// What the memory limit of the Go runtime allows for besides bodies, in bytes: a base, in which a thousand connections
+// are included, and each connection beyond those. Under a limit below what is in use the collector would never rest.
+const (
+	baseMemory = 32 << 20
+	connMemory = 32 << 10
+)
 
 // adminTimeout bounds every step of a request to the admin port.
 const adminTimeout = 10 * time.Second
@@ -776,6 +788,10 @@ func (r *relay) listen(ctx context.Context) error {
 	}
 	r.adminSocket = admin
 	r.conns = limitListener(data, c.connLimit, r.metrics, r.log)
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(c.memoryLimit(connStep))
+		r.conns.grown = func(most int) { debug.SetMemoryLimit(c.memoryLimit(most)) }
+	}
 	r.data, r.admin = r.dataServer(), r.adminServer()
 	return nil
 }
@@ -818,6 +834,11 @@ func passedSocket(fd int) (net.Listener, error) {
 	return net.FileListener(f)
 }
 
+// memoryLimit is the soft memory limit of the Go runtime (GOMEMLIMIT), in bytes, for that many connections.
+func (c *config) memoryLimit(connections int) int64 {
+	return int64(c.maxInflight) + baseMemory + int64(connections-connStep)*connMemory
+}
+
 // dataServer is the HTTP server that clients talk to.
 func (r *relay) dataServer() *http.Server {
 	c := r.config
@@ -835,7 +856,8 @@ func (r *relay) dataServer() *http.Server {
 		ReadTimeout: c.readTimeout, WriteTimeout: c.writeTimeout, IdleTimeout: c.idleTimeout, MaxHeaderBytes: maxHeader,
 		Protocols: protocols,
 		HTTP2: &http.HTTP2Config{
-			MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerConnection: http2Window, MaxReceiveBufferPerStream: http2Window,
+			MaxConcurrentStreams: maxStreams, MaxReadFrameSize: http2Frame,
+			MaxReceiveBufferPerConnection: http2Window, MaxReceiveBufferPerStream: http2Window,
 		},
 		ConnState: countHandshakes(r.metrics.handshakeErrors, r.conns.state), ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,

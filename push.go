@@ -251,6 +251,7 @@ func (c *call) refuse(w http.ResponseWriter, f *fault) string {
 		return strconv.Itoa(f.status)
 	}
 	h["Content-Type"] = []string{c.contentType}
+	h["Content-Length"] = []string{"0"}
 	w.WriteHeader(http.StatusOK)
 	return "grpc-" + strconv.Itoa(int(f.code))
 }

@@ -28,6 +28,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -63,7 +64,7 @@ func (in *input) read() ([]byte, error) {
 	if in.file == "" {
 		return []byte(in.text), nil
 	}
-	f, err := os.Open(in.file)
+	f, err := os.OpenFile(in.file, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or a pipe that nobody writes to would end all rotation
 	if err != nil {
 		return nil, in.fault(err)
 	}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -198,12 +199,12 @@ func (p *program) hangUp(t testing.TB) {
 	eventually(t, "SIGHUP is noticed", func() bool { return strings.Count(p.stderr.String(), began) > before })
 }
 
-// newTLSPeer starts an upstream that speaks TLS, HTTP/2 too, and returns it with its address.
+// newTLSPeer starts an upstream that speaks TLS, and HTTP/2 unless config says otherwise, and returns it with its address.
 func newTLSPeer(t testing.TB, config *tls.Config, answer func(w http.ResponseWriter, r *http.Request, n int)) (*peer, string) {
 	t.Helper()
 	p := newPeer(t, answer)
 	s := httptest.NewUnstartedServer(p.Config.Handler)
-	s.TLS, s.EnableHTTP2 = config.Clone(), true
+	s.TLS, s.EnableHTTP2 = config.Clone(), config.NextProtos == nil
 	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
 	s.StartTLS()
 	t.Cleanup(func() {
@@ -646,6 +647,29 @@ func TestSwappedSymlinksAreNoticed(t *testing.T) {
 	})
 }
 
+// A pipe, such as the shell's <(command) makes, can be read once. Looking at it again must not wait for another writer.
+func TestPipeIsReadOnce(t *testing.T) {
+	t.Parallel()
+	in := &input{name: "bearer-token", file: newFolder(t).path("pipe")}
+	if err := syscall.Mkfifo(in.file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := os.OpenFile(in.file, os.O_RDONLY|syscall.O_NONBLOCK, 0) // keeps what is written until it is read
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if err := os.WriteFile(in.file, []byte("token"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := in.read(); string(b) != "token" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if _, err := in.read(); err == nil || !strings.HasSuffix(err.Error(), "empty") {
+		t.Error(err)
+	}
+}
+
 // A session that began under one CA ends with it, while the change of the server's certificate leaves it alone.
 func TestResumedSessionsAreVerifiedAgain(t *testing.T) {
 	t.Parallel()
@@ -754,6 +778,22 @@ func TestStalledHandshakeIsCut(t *testing.T) {
 	}
 }
 
+// At the connection limit an idle connection makes room, under TLS as without.
+func TestIdleTLSConnectionMakesRoom(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	relay := start(t, append(newFolder(t).serverFlags(t, ca.issue(t)), "-upstream", "log:", "-conn-limit", "1")...)
+	for _, proto := range []string{"HTTP/1.1", "h2", "HTTP/1.1", "h2"} {
+		if resp := post(t, newTLSClient(t, proto, trusting(ca, nil)), relay.tlsURL("/ingest"), nil); resp.StatusCode != http.StatusOK {
+			t.Errorf("over %s: %s", proto, resp.Status)
+		}
+	}
+	relay.awaitMetric(t, "pyroscope_receive_http_tcp_connections_reclaimed_total", 3)
+	if n := relay.metric(t, "pyroscope_receive_http_tls_handshake_errors_total"); n != 0 {
+		t.Errorf("%v handshake errors", n)
+	}
+}
+
 func TestUpstreamTLS(t *testing.T) {
 	t.Parallel()
 	ca, other := newAuthority(t), newAuthority(t)
@@ -767,6 +807,8 @@ func TestUpstreamTLS(t *testing.T) {
 	mutual.ClientAuth, mutual.ClientCAs = tls.RequireAndVerifyClientCert, ca.pool()
 	old := serving(t, ca.issue(t))
 	old.MaxVersion = tls.VersionTLS12
+	http1 := serving(t, ca.issue(t))
+	http1.NextProtos = []string{"http/1.1"}
 	for name, test := range map[string]struct {
 		server  *tls.Config
 		options string
@@ -783,6 +825,7 @@ func TestUpstreamTLS(t *testing.T) {
 		"no certificate":     {mutual, caFile, 502},
 		"client certificate": {mutual, caFile + client, 200},
 		"TLS 1.2":            {old, caFile, 200},
+		"HTTP/1.1":           {http1, caFile, 200},
 		"TLS 1.2 refused":    {old, caFile + ",tls-min-version=TLS13", 502},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -794,7 +837,7 @@ func TestUpstreamTLS(t *testing.T) {
 				t.Fatalf("%s: %s", resp.Status, resp.body)
 			}
 			if test.status == 200 {
-				if got := up.one(t); got.proto != "HTTP/2.0" || string(got.body) != "profile" {
+				if got := up.one(t); (got.proto == "HTTP/2.0") != (test.server != http1) || string(got.body) != "profile" {
 					t.Errorf("%s, body %q", got.proto, got.body)
 				}
 			} else if string(resp.body) != "upstream-1: could not be reached\n" {
@@ -831,10 +874,83 @@ func TestRenewedClientSpeaksHTTP2(t *testing.T) {
 			t.Errorf("attempt over %s", r.proto)
 		}
 	}
-	if tr := newTransport(&retryPolicy{}, newLink()).Clone(); tr.HTTP2 == nil || tr.HTTP2.SendPingTimeout != pingAfter || tr.HTTP2.PingTimeout != pingPatience {
-		t.Error("a renewed client does not ping")
+}
+
+// A frozenConn delivers nothing more from the far side once it is frozen, and says nothing of it.
+type frozenConn struct {
+	net.Conn
+	frozen, closed chan struct{}
+	once           sync.Once
+}
+
+func (c *frozenConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	select {
+	case <-c.frozen:
+		<-c.closed
+		return 0, net.ErrClosed
+	default:
+		return n, err
 	}
 }
+
+func (c *frozenConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// An HTTP/2 connection that dies without a word is found dead by a ping, also after the client was renewed.
+func TestDeadHTTP2ConnectionIsNoticed(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	server := serving(t, ca.issue(t))
+	server.NextProtos = []string{"h2"}
+	l := newLink()
+	l.current.Store(&tls.Config{RootCAs: ca.pool(), Time: func() time.Time { return ca.cert.NotBefore.Add(time.Minute) }})
+	synctest.Test(t, func(t *testing.T) {
+		far, near := net.Pipe()
+		c := &frozenConn{Conn: near, frozen: make(chan struct{}), closed: make(chan struct{})}
+		tr := newTransport(&retryPolicy{timeout: time.Hour}, l)
+		tr.DialContext = func(context.Context, string, string) (net.Conn, error) { return c, nil }
+		tr = tr.Clone()
+		s := &http.Server{TLSConfig: server, Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			close(c.frozen)
+			<-r.Context().Done()
+		})}
+		conns := make(chan net.Conn, 1)
+		conns <- far
+		served := &chanListener{conns: conns}
+		go s.ServeTLS(served, "", "")
+		defer s.Close()
+		began := time.Now()
+		r, _ := http.NewRequest(http.MethodPost, "https://127.0.0.1/", nil)
+		_, err := tr.RoundTrip(r)
+		if took := time.Since(began); err == nil || took > pingAfter+pingPatience+time.Second {
+			t.Errorf("after %v: %v", took, err)
+		}
+		tr.CloseIdleConnections()
+	})
+}
+
+// A chanListener accepts what it is sent.
+type chanListener struct {
+	conns chan net.Conn
+	once  sync.Once
+}
+
+func (l *chanListener) Accept() (net.Conn, error) {
+	if c, ok := <-l.conns; ok {
+		return c, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (l *chanListener) Close() error {
+	l.once.Do(func() { close(l.conns) })
+	return nil
+}
+
+func (l *chanListener) Addr() net.Addr { return &net.TCPAddr{} }
 
 // Once the files of a link change, new requests go out under them; one under way ends as it began.
 func TestUpstreamTLSFollowsItsFiles(t *testing.T) {
