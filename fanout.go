@@ -430,7 +430,7 @@ type upstream struct {
 	health   health
 	refusals throttle
 	spool    *spool          // nil: none
-	hurry    context.Context // with a spool: ends when what is under way must be put there
+	hurry    context.Context // with a spool: ends when what is under way must go there
 }
 
 // deliver offers p until the upstream takes it, refuses it, or retries or the time of ctx run out; once, where there is
@@ -808,19 +808,27 @@ func (f *fanout) mirror(ctx context.Context, p *payload) {
 func (f *fanout) startSpools() {
 	for _, u := range f.required {
 		if u.spool != nil {
-			u.spool.start(u)
+			u.spool.start(u.hurry, u)
 		}
 	}
 }
 
-// wait returns once no mirror is being delivered to and no spool is being emptied, or with false when ctx ends before
-// the mirrors have theirs. No send may be under way.
-func (f *fanout) wait(ctx context.Context) bool {
+// stopSpools lets nothing more out of the spools. What is on its way gets a moment to arrive: cut short, it might
+// arrive twice.
+func (f *fanout) stopSpools(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, spoolTime)
+	defer cancel()
 	for _, u := range f.required {
 		if u.spool != nil {
 			u.spool.stop(ctx)
 		}
 	}
+}
+
+// wait returns once no mirror is being delivered to and the spools are at rest, or with false when ctx ends first. No
+// send may be under way.
+func (f *fanout) wait(ctx context.Context) bool {
+	f.stopSpools(ctx)
 	done := make(chan struct{})
 	go func() {
 		f.running.Wait()

@@ -816,8 +816,8 @@ func (r *relay) drain(ctx context.Context, signals <-chan os.Signal) error {
 	}
 	timed, stop := context.WithTimeoutCause(patient, r.config.shutdownTimeout, errors.New("-shutdown-timeout is over"))
 	defer stop()
-	if r.fan.hurry != nil {
-		defer time.AfterFunc(attemptBefore(r.config.shutdownTimeout), r.fan.hurry).Stop()
+	if r.fan.hurry != nil { // time for the spool, and as much for Shutdown, which looks only so often
+		defer time.AfterFunc(attemptBefore(attemptBefore(r.config.shutdownTimeout)), r.fan.hurry).Stop()
 	}
 	if r.data.Shutdown(timed) != nil || !r.fan.wait(timed) {
 		return context.Cause(timed)

@@ -349,10 +349,12 @@ func (s *spool) loadAside(root *os.Root) error {
 type spooled struct {
 	id, size, body int64 // nanoseconds since 1970, unique; bytes of the file, and of the body in it
 
-	busy   bool      // being sent
-	tries  int       // failures that may have been its own
-	poison int       // those of them that were
-	after  time.Time // not to be sent before
+	busy     bool      // being sent
+	tries    int       // failures that may have been its own
+	poison   int       // those of them that count for poisonAnswers
+	poisoned bool      // the last one may count
+	proved   bool      // one was its own: another profile was accepted right after it
+	after    time.Time // not to be sent before
 }
 
 // name is the name of the file: names sort as their times do.
@@ -437,7 +439,6 @@ type spool struct {
 	failures  int       // in a row
 	pause     time.Time // nothing is sent before
 	suspect   *spooled  // failed last; whether by its own fault, the next one will show
-	poisoned  bool      // the suspect had an answer that counts for poisonAnswers
 	rounds    int       // times that the upstream was found down
 }
 
@@ -582,10 +583,10 @@ func (s *spool) poke() {
 	}
 }
 
-// start begins to hand files over. Call it once.
-func (s *spool) start(to recipient) {
+// start begins to hand files over, until ctx ends or stop. Call it once.
+func (s *spool) start(ctx context.Context, to recipient) {
 	s.to = to
-	ctx, cut := context.WithCancel(context.Background())
+	ctx, cut := context.WithCancel(ctx)
 	s.cut = cut
 	go s.replay(ctx)
 }
@@ -611,7 +612,7 @@ func (s *spool) replay(ctx context.Context) {
 	defer trying.Wait()
 	for {
 		f, wait, stopping := s.next(time.Now())
-		if stopping {
+		if stopping || ctx.Err() != nil {
 			return
 		}
 		if f != nil {
@@ -622,6 +623,7 @@ func (s *spool) replay(ctx context.Context) {
 		select {
 		case <-s.wake:
 		case <-t.C:
+		case <-ctx.Done():
 		}
 		t.Stop()
 	}
@@ -721,45 +723,66 @@ func (s *spool) finish(f *spooled, t trial, asked time.Duration) {
 // judgeLocked sorts f back into the queue or out of it, and returns the file to set aside as rejected, if any.
 //
 // When a profile fails, the next one to be answered shows whose fault it was: if it is accepted, the first one's own;
-// if it fails too, the upstream's. A profile that is all alone gets no such test.
+// if it fails too, the upstream's. A profile that is all alone gets no such test, and one that had it needs no other.
 func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.Time) (condemned *spooled) {
-	switch {
-	case t == trialCut:
+	switch t {
+	case trialCut:
 		return nil
-	case t == trialDamaged:
+	case trialDamaged:
 		s.removeLocked(f)
 		return nil
-	case t == trialRefused:
+	case trialRefused:
 		s.removeLocked(f)
 		s.failures = 0
 		return f
-	case t == trialAccepted:
+	case trialAccepted:
 		s.removeLocked(f)
 		s.failures, s.streak = 0, s.streak+1
 		return s.convictLocked()
-	case t == trialDown || s.suspect != nil && s.suspect != f:
+	case trialDown:
 		s.suspect = nil
 		s.restLocked(asked, now)
 		return nil
 	}
-	s.suspect, s.poisoned = f, t == trialPoison
+	f.poisoned = t == trialPoison
 	f.after = now.Add(s.to.patience(f.tries, asked, 0))
 	f.tries++
-	if len(s.files) == 1 {
-		return s.convictLocked()
+	switch {
+	case f.proved && s.failures > 0:
+		return nil
+	case f.proved || s.aloneLocked(f):
+		return s.countLocked(f)
+	case s.suspect == nil || s.suspect == f:
+		s.suspect = f
+		return nil
 	}
+	s.suspect = nil
+	s.restLocked(asked, now)
 	return nil
 }
 
-// convictLocked holds its failure against the suspect, if there is one. After too many of them it is out of the queue,
-// and returned.
+// aloneLocked tells whether there is no other profile that could show whether f or the upstream is at fault.
+func (s *spool) aloneLocked(f *spooled) bool {
+	return !slices.ContainsFunc(s.files, func(other *spooled) bool { return other != f && !other.proved })
+}
+
+// convictLocked holds its failure against the suspect, if there is one.
 func (s *spool) convictLocked() *spooled {
 	f := s.suspect
 	s.suspect = nil
-	if f == nil || !s.poisoned {
+	if f == nil {
 		return nil
 	}
-	f.poison++
+	f.proved = true
+	return s.countLocked(f)
+}
+
+// countLocked counts f's last failure if it is one that counts. After too many of them f is out of the queue, and
+// returned.
+func (s *spool) countLocked(f *spooled) *spooled {
+	if f.poisoned {
+		f.poison++
+	}
 	if f.poison < poisonAnswers {
 		return nil
 	}
