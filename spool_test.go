@@ -212,48 +212,39 @@ func TestSpoolIsNotTouchedByAHealthyUpstream(t *testing.T) {
 // What is not the upstream's trouble is answered as ever; what someone will mend is spooled.
 func TestSpoolTakesWhatMayStillBeDelivered(t *testing.T) {
 	t.Parallel()
-	for status, want := range map[int]int{400: 400, 401: 401, 422: 422, 501: 501, 302: 200, 408: 200, 429: 200, 500: 200, 502: 200, 504: 200} {
-		t.Run(strconv.Itoa(status), func(t *testing.T) {
-			t.Parallel()
-			up, dir := newFlaky(t, status), t.TempDir()
-			relay := start(t, spoolFlags(dir, up.URL)...)
-			resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), []byte("x"))
-			if resp.StatusCode != want {
-				t.Errorf("answered %d, want %d", resp.StatusCode, want)
-			}
-			if want != 200 {
-				checkBooks(t, relay, 1)
-				return
-			}
-			up.status.Store(0)
-			relay.awaitMetric(t, endpoint("pyroscope_relay_spool_replayed_total"), 1)
-		})
+	up := newFlaky(t, 0)
+	relay := start(t, spoolFlags(t.TempDir(), up.URL, "-retry-on-http-422")...)
+	plain := start(t, spoolFlags(t.TempDir(), up.URL, "-retry-on-http-429=false")...)
+	c := newClient(t, "HTTP/1.1")
+	spooled := 0
+	for _, test := range []struct {
+		relay        *program
+		status, want int
+		path         string
+	}{
+		{relay, 400, 400, "/ingest"}, {relay, 401, 401, "/ingest"}, {relay, 413, 413, "/ingest"}, {relay, 501, 501, "/ingest"},
+		{plain, 422, 422, "/ingest"}, {plain, 429, 429, "/ingest"}, {relay, 404, 501, pushPath}, {relay, 400, 400, pushPath},
+		{relay, 302, 200, "/ingest"}, {relay, 408, 200, "/ingest"}, {relay, 422, 200, "/ingest"}, {relay, 429, 200, "/ingest"},
+		{relay, 500, 200, "/ingest"}, {relay, 502, 200, "/ingest"}, {relay, 504, 200, "/ingest"}, {relay, 503, 200, pushPath},
+		{relay, 202, 200, pushPath}, {relay, 301, 200, pushPath},
+	} {
+		up.status.Store(int64(test.status))
+		resp := post(t, c, test.relay.url(test.path), []byte("x"), "Content-Type", "application/proto")
+		if resp.StatusCode != test.want {
+			t.Errorf("%s: an upstream's %d was answered with %d, want %d", test.path, test.status, resp.StatusCode, test.want)
+		}
+		up.status.Store(0)
+		if test.want == http.StatusOK {
+			spooled++
+			relay.awaitMetric(t, endpoint("pyroscope_relay_spool_replayed_total"), float64(spooled))
+			relay.awaitMetric(t, endpoint("pyroscope_relay_spool_files"), 0)
+		}
 	}
-	t.Run("422 that is retried", func(t *testing.T) {
-		t.Parallel()
-		up := newFlaky(t, 422)
-		relay := start(t, spoolFlags(t.TempDir(), up.URL, "-retry-on-http-422")...)
-		if resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), []byte("x")); resp.StatusCode != http.StatusOK {
-			t.Errorf("answered %d", resp.StatusCode)
-		}
-	})
-	t.Run("a login page", func(t *testing.T) {
-		t.Parallel()
-		var mended atomic.Bool
-		up := newPeer(t, func(w http.ResponseWriter, r *http.Request, _ int) {
-			if mended.Load() {
-				accept(w, r)
-			} else {
-				io.WriteString(w, "<html>")
-			}
-		})
-		relay := start(t, spoolFlags(t.TempDir(), up.URL)...)
-		if resp := post(t, newClient(t, "HTTP/1.1"), relay.url(pushPath), []byte("x"), "Content-Type", "application/proto"); resp.StatusCode != http.StatusOK {
-			t.Errorf("answered %d: %s", resp.StatusCode, resp.body)
-		}
-		mended.Store(true)
-		relay.awaitMetric(t, endpoint("pyroscope_relay_spool_replayed_total"), 1)
-	})
+	if n := plain.metric(t, endpoint("pyroscope_relay_spool_written_total")); n != 0 {
+		t.Errorf("%v permanent refusals were spooled", n)
+	}
+	checkBooks(t, relay, 16)
+	checkBooks(t, plain, 2)
 }
 
 // A profile that its upstream will not have is set aside, and holds up nothing.
@@ -671,21 +662,24 @@ func TestSpoolConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, test := range []struct {
-		code int
-		args []string
+		fault string
+		args  []string
 	}{
-		{exitUsage, []string{"-spool-full", "maybe"}},
-		{exitUsage, []string{"-spool-max-bytes", "0"}},
-		{exitUsage, []string{"-spool-dir", file}},
-		{exitUsage, []string{"-spool-dir", filepath.Join(file, "below")}},
-		{exitUsage, []string{"-spool-dir", t.TempDir(), "-upstream", "http://a.example/" + strings.Repeat("/", 90) + "x"}},
-		{exitOK, []string{"-spool-dir", filepath.Join(t.TempDir(), "new"), "-spool-full", "drop-oldest"}},
+		{"-spool-full", []string{"-spool-full", "maybe"}},
+		{"-spool-max-bytes", []string{"-spool-max-bytes", "0"}},
+		{"-spool-dir", []string{"-spool-dir", file}},
+		{"-spool-dir", []string{"-spool-dir", filepath.Join(file, "below")}},
+		{"-upstream", []string{"-spool-dir", t.TempDir(), "-upstream", "http://a.example/" + strings.Repeat("/", 90) + "x"}},
+		{"", []string{"-spool-dir", filepath.Join(t.TempDir(), "new"), "-spool-full", "drop-oldest"}},
 	} {
-		p, code := runProgram(t, nil, append([]string{"-check", "-upstream", "log:"}, test.args...)...)
-		name := strings.TrimSuffix(test.args[0], "-dir")
-		if code != test.code || code != exitOK && !strings.Contains(p.stderr.String(), name) && !strings.Contains(p.stderr.String(), "-upstream") {
-			t.Errorf("%v: exit code %d: %s", test.args, code, p.stderr.String())
+		_, err := parseConfig(append([]string{"-upstream", "log:"}, test.args...))
+		if test.fault == "" && err != nil || test.fault != "" && (err == nil || !strings.Contains(err.Error(), test.fault)) {
+			t.Errorf("%v: %v", test.args, err)
 		}
+	}
+	unable, code := runProgram(t, nil, "-listen-port", "0", "-admin-address", "", "-upstream", "http://a.example", "-spool-dir", "/proc/self/spool")
+	if code != exitFailed || !strings.Contains(unable.stderr.String(), "-spool-dir") {
+		t.Errorf("a directory that cannot be made: exit code %d: %s", code, unable.stderr.String())
 	}
 }
 
