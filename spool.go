@@ -42,7 +42,7 @@ const spoolWriters = 32
 // time for every replayStep it accepted, up to replayWidth. replayBytes is what the files under way may hold in memory,
 // outside -max-inflight-bytes, in bytes; a larger one goes alone.
 const (
-	replayStep  = 32
+	replayStep  = 128
 	replayWidth = 16
 	replayBytes = 16 << 20
 )

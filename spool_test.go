@@ -833,6 +833,10 @@ func TestSpoolFaultsAtEachStep(t *testing.T) {
 				if n := s.pending.Load(); n != int64(len(want)) || s.reserved != 0 {
 					t.Errorf("pending %d, reserved %d", n, s.reserved)
 				}
+				temps := filepath.Join(dir, "up", tempPrefix+"*")
+				if left, err := filepath.Glob(temps); err != nil || once && len(left) != 0 {
+					t.Errorf("left over at once: %v", left)
+				}
 				got := stored(t, openTestSpool(t, dir, 1<<20, false))
 				if !once && step == steps-1 {
 					want = append(want, "second") // it was renamed: delivered, though nobody was told so
@@ -840,9 +844,8 @@ func TestSpoolFaultsAtEachStep(t *testing.T) {
 				if !slices.Equal(got, want) {
 					t.Errorf("after a restart: %v, want %v", got, want)
 				}
-				left, err := filepath.Glob(filepath.Join(dir, "up", tempPrefix+"*"))
-				if err != nil || len(left) != 0 {
-					t.Errorf("left over: %v", left)
+				if left, err := filepath.Glob(temps); err != nil || len(left) != 0 {
+					t.Errorf("left over after a restart: %v", left)
 				}
 			})
 		}
