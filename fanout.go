@@ -443,12 +443,14 @@ type upstream struct {
 	log      *slog.Logger
 	health   health
 	refusals throttle
+	spool    *spool          // nil: none
+	hurry    context.Context // with a spool: ends when what is under way must go there
 
 	pending, pendingBytes atomic.Int64 // profiles being delivered
 }
 
-// deliver offers p until the upstream takes it, refuses it, or retries or the time of ctx run out. It is the only
-// place that retries. It ends early when ctx is cancelled.
+// deliver offers p until the upstream takes it, refuses it, or retries or the time of ctx run out; once, where there is
+// a spool. It is the only place that retries in a client's time. It ends early when ctx is cancelled.
 func (u *upstream) deliver(ctx context.Context, p *payload) outcome {
 	start := time.Now()
 	u.pending.Add(1)
@@ -461,7 +463,7 @@ func (u *upstream) deliver(ctx context.Context, p *payload) outcome {
 	for n := 0; ; n++ {
 		out := u.attempt(ctx, p, n)
 		wait := u.retry.delay(n, out.wait, rand.Float64())
-		if out.verdict != transient || !u.retry.more(n, out.status) || wait >= timeLeft(ctx) || !sleep(ctx, wait) {
+		if out.verdict != transient || u.spool != nil || !u.retry.more(n, out.status) || wait >= timeLeft(ctx) || !sleep(ctx, wait) {
 			return out
 		}
 		u.metrics.retries.Add(1)
@@ -486,6 +488,113 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
+}
+
+// spoolTime is kept at the end of a profile's time for putting it into the spool: this, or half of what there is.
+const spoolTime = time.Second
+
+// attemptBefore is how long one may try to deliver, with that much time left, so that the spool can still be used.
+func attemptBefore(left time.Duration) time.Duration { return left - min(spoolTime, left/2) }
+
+// offer delivers p for a client that waits for it, or puts it into the spool, and counts it.
+func (u *upstream) offer(ctx context.Context, p *payload) outcome {
+	if u.spool == nil || !u.spool.waiting() {
+		out := u.deliverInTime(ctx, p)
+		if u.spool == nil || out.verdict == accepted || out.verdict == refused || errors.Is(ctx.Err(), context.Canceled) {
+			u.settle(ctx, p, out)
+			return out
+		}
+		u.health.down(u, out.fault)
+		u.spool.rest(out.wait)
+	}
+	return u.spill(ctx, p)
+}
+
+// deliverInTime is deliver, cut short while there is time to use the spool.
+func (u *upstream) deliverInTime(ctx context.Context, p *payload) outcome {
+	if u.spool == nil {
+		return u.deliver(ctx, p)
+	}
+	ctx, cancel := context.WithTimeout(ctx, attemptBefore(timeLeft(ctx)))
+	defer cancel()
+	defer context.AfterFunc(u.hurry, cancel)()
+	return u.deliver(ctx, p)
+}
+
+// spill puts p into the spool. When that takes longer than the client has, the client is told so, and the file may be
+// written all the same.
+func (u *upstream) spill(ctx context.Context, p *payload) outcome {
+	done := make(chan error, 1)
+	p.hold()
+	go func() {
+		defer p.release()
+		err := u.spool.add(ctx, p)
+		switch {
+		case err == nil:
+		case errors.Is(err, context.Canceled):
+			u.metrics.dropped(dropAbandoned, len(p.body))
+		case errors.Is(err, context.DeadlineExceeded):
+			u.metrics.dropped(dropDeadline, len(p.body))
+		default:
+			u.metrics.dropped(dropSpoolFull, len(p.body))
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err == nil {
+			return outcome{verdict: accepted}
+		}
+		if ctx.Err() == nil {
+			return outcome{verdict: transient, fault: &fault{
+				status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "10", reason: rejectSpoolFull, transient: true,
+				public: "cannot take the profile now, and there is no room to keep it: try again", cause: err,
+			}}
+		}
+	case <-ctx.Done():
+	}
+	return judgeError(ctx.Err())
+}
+
+// retake offers a profile out of the spool once; see recipient. Its time is that of one attempt.
+func (u *upstream) retake(ctx context.Context, p *payload) (trial, time.Duration) {
+	out := u.attempt(ctx, p, 0)
+	switch {
+	case out.verdict == accepted:
+		u.settle(ctx, p, out)
+	case ctx.Err() != nil:
+		return trialCut, 0
+	case out.verdict == refused:
+		u.refusals.log(u.log, slog.LevelWarn, "upstream refused a profile from the spool", "upstream", u.name, "route", p.route, "status", out.status, "said", out.fault.public)
+	default:
+		u.metrics.retries.Add(1)
+		u.health.down(u, out.fault)
+	}
+	return out.trial(p.route), out.wait
+}
+
+func (u *upstream) patience(n int, asked time.Duration, random float64) time.Duration {
+	return u.retry.delay(n, asked, random)
+}
+
+// trial says whose fault an outcome may be: an upstream's own 500 is counted against the profile, as is the 422 that is
+// retried; an upstream that was not reached or says itself that it is busy is down; of all else one cannot know.
+func (o *outcome) trial(route routeID) trial {
+	switch o.verdict {
+	case accepted:
+		return trialAccepted
+	case refused:
+		return trialRefused
+	}
+	dial, ok := errors.AsType[*net.OpError](o.fault)
+	switch s := o.status; {
+	case o.verdict == misplaced, s == http.StatusTooManyRequests, s == http.StatusServiceUnavailable, ok && dial.Op == "dial":
+		return trialDown
+	case s == http.StatusInternalServerError, s == http.StatusUnprocessableEntity,
+		s != 0 && route == routePush && (o.fault.code == codeUnknown || o.fault.code == codeInternal):
+		return trialPoison
+	}
+	return trialDoubtful
 }
 
 // attempt offers p once; n counts the attempts before this one.
@@ -715,14 +824,15 @@ func (h *health) up(u *upstream) {
 // A fanout copies payloads to all upstreams. Safe for concurrent use.
 type fanout struct {
 	required, mirrors []*upstream
+	hurry             context.CancelFunc // see upstream.hurry
 
 	mirrorRoom int64 // bytes of bodies that mirrors may hold
 	mirrorHeld atomic.Int64
 	running    sync.WaitGroup // mirror deliveries, which outlive their requests
 }
 
-// send offers p to every upstream and returns when every required one has accepted it, or has failed for good, or
-// p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own is given up, all
+// send offers p to every upstream and returns when every required one has accepted it, or has it in its spool, or has
+// failed for good, or p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own is given up, all
 // else is delivered all the same. The caller keeps its own hold on p.
 func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
 	f.mirror(ctx, p)
@@ -733,8 +843,7 @@ func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
 	defer cancel()
 	outs := make([]outcome, len(f.required))
 	one := func(i int) {
-		outs[i] = f.required[i].deliver(ctx, p)
-		f.required[i].settle(ctx, p, outs[i])
+		outs[i] = f.required[i].offer(ctx, p)
 	}
 	var others sync.WaitGroup
 	for i := 1; i < len(outs); i++ {
@@ -778,8 +887,31 @@ func (f *fanout) mirror(ctx context.Context, p *payload) {
 	}
 }
 
-// wait returns once no mirror is being delivered to, or with false when ctx ends first. No send may be under way.
+// startSpools begins to hand over what the spools hold. Call it once, before the first send.
+func (f *fanout) startSpools() {
+	for _, u := range f.required {
+		if u.spool != nil {
+			u.spool.start(u.hurry, u)
+		}
+	}
+}
+
+// stopSpools lets nothing more out of the spools. What is on its way gets a moment to arrive: cut short, it might
+// arrive twice.
+func (f *fanout) stopSpools(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, spoolTime)
+	defer cancel()
+	for _, u := range f.required {
+		if u.spool != nil {
+			u.spool.stop(ctx)
+		}
+	}
+}
+
+// wait returns once no mirror is being delivered to and the spools are at rest, or with false when ctx ends first. No
+// send may be under way.
 func (f *fanout) wait(ctx context.Context) bool {
+	f.stopSpools(ctx)
 	done := make(chan struct{})
 	go func() {
 		f.running.Wait()

@@ -5,10 +5,12 @@
 //	    -> TCP listener -> connection limit -> TLS -> HTTP/1.1, HTTP/2, h2c
 //	    -> /ingest or push.v1 -> one immutable payload -> fan-out -> upstream 1..N
 //
-// A client is told "success" only when every required upstream has accepted its profile.
+// A client is told "success" only when every required upstream has accepted its profile or, with a spool, this host's
+// disk keeps the profile for those that have not.
 //
 // Read the files in the order of a byte's path: main.go (flags, wiring, lifecycle), limiter.go (every way to say no),
-// ingest.go and push.go (the two ways in), fanout.go (the way out), metrics.go. Nothing calls back up that list.
+// ingest.go and push.go (the two ways in), fanout.go (the way out), spool.go (profiles that wait on disk), metrics.go.
+// Nothing calls back up that list.
 package main
 
 import (
@@ -18,6 +20,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -85,6 +88,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return healthcheck(ctx, c.adminAddress, stdout, stderr)
 	}
 	r := newRelay(c, newLogger(stderr, c))
+	if err := r.openSpools(); err != nil {
+		r.log.Error("cannot open the spool", "error", fmt.Errorf("-spool-dir: %w", err))
+		return exitFailed
+	}
 	if err := r.listen(ctx); err != nil {
 		r.log.Error("cannot listen", "error", err)
 		return exitFailed
@@ -183,6 +190,8 @@ type config struct {
 	retry                                            retryPolicy // of upstreams that do not say otherwise
 	upstream, forwardHeader                          lines
 	tls                                              *serverTLS
+	spoolDir, spoolFull                              string
+	spoolMax                                         byteSize
 	check, healthcheck, version                      bool
 
 	flags     *flag.FlagSet
@@ -207,6 +216,7 @@ func defaults() *config {
 		readTimeout: 30 * time.Second, writeTimeout: 30 * time.Second, idleTimeout: 120 * time.Second,
 		deliveryTimeout: 9 * time.Second, shutdownTimeout: 30 * time.Second,
 		maxBody: 64 * mib, maxInflight: 256 * mib, tls: newServerTLS(),
+		spoolMax: gib, spoolFull: spoolReject,
 		retry: retryPolicy{
 			timeout: 10 * time.Second, minBackoff: 500 * time.Millisecond, maxBackoff: 5 * time.Minute, retries: 10, on429: true,
 		},
@@ -244,6 +254,10 @@ func (c *config) options() []option {
 		{&c.retry.on429, "retry-on-http-429", "retry when an upstream answers 429"},
 		{&c.retry.on422, "retry-on-http-422", "retry a 422 from /ingest, twice at most"},
 		{&c.forwardHeader, "forward-header", "name of one more request header to send upstream; repeat for more"},
+		{nil, "Spool", ""},
+		{&c.spoolDir, "spool-dir", "directory for profiles that an upstream cannot take now; empty = off"},
+		{&c.spoolMax, "spool-max-bytes", "most bytes kept there for one upstream"},
+		{&c.spoolFull, "spool-full", "what then: reject (new profiles get 503) or drop-oldest"},
 		{nil, "Running", ""},
 		{&c.adminAddress, "admin-address", "where /metrics, /debug/vars and /ready are served; empty = off"},
 		{&c.shutdownDelay, "shutdown-delay", "time between /ready turning 503 and the listener closing"},
@@ -369,7 +383,7 @@ func (c *config) validate() error {
 		return c.validateListening()
 	}
 	return errors.Join(c.validateListening(), c.validateDurations(), c.validateSizes(), validateRetry("-", &c.retry),
-		c.validateLogging(), c.openTLS(), c.parseUpstreams(), c.parseForwardHeaders())
+		c.validateLogging(), c.openTLS(), c.parseUpstreams(), c.parseForwardHeaders(), c.validateSpool())
 }
 
 func (c *config) validateListening() error {
@@ -441,6 +455,37 @@ func (c *config) validateLogging() error {
 	}
 	if c.logFormat != "logfmt" && c.logFormat != "json" {
 		faults = append(faults, fmt.Errorf("-log-format %q is not one of logfmt, json", c.logFormat))
+	}
+	return errors.Join(faults...)
+}
+
+// Values of -spool-full.
+const (
+	spoolReject     = "reject"
+	spoolDropOldest = "drop-oldest"
+)
+
+// validateSpool checks what can be known before the spool is opened.
+func (c *config) validateSpool() error {
+	var faults []error
+	if c.spoolMax == 0 {
+		faults = append(faults, errors.New("-spool-max-bytes must be above 0"))
+	}
+	if c.spoolFull != spoolReject && c.spoolFull != spoolDropOldest {
+		faults = append(faults, fmt.Errorf("-spool-full %q is not one of %s, %s", c.spoolFull, spoolReject, spoolDropOldest))
+	}
+	if c.spoolDir == "" {
+		return errors.Join(faults...)
+	}
+	if info, err := os.Stat(c.spoolDir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		faults = append(faults, fmt.Errorf("-spool-dir: %w", err))
+	} else if err == nil && !info.IsDir() {
+		faults = append(faults, fmt.Errorf("-spool-dir: %s is not a directory", c.spoolDir))
+	}
+	for i, u := range c.upstreams {
+		if len(folderName(u.label())) > maxFolder {
+			faults = append(faults, fmt.Errorf("-upstream number %d: too long a label for a directory in -spool-dir: give it a short name=", i+1))
+		}
 	}
 	return errors.Join(faults...)
 }
@@ -741,6 +786,41 @@ func newRelay(c *config, log *slog.Logger) *relay {
 	return r
 }
 
+// openSpools opens -spool-dir, if there is one, and the spool of each required upstream in it. The directory is held
+// until the process ends.
+func (r *relay) openSpools() error {
+	if r.config.spoolDir == "" {
+		return nil
+	}
+	dir, err := openSpoolDir(r.config.spoolDir)
+	if err != nil {
+		return err
+	}
+	hurry, cancel := context.WithCancel(context.Background())
+	r.fan.hurry = cancel
+	var names []string
+	for _, u := range r.fan.required {
+		if u.url == nil {
+			continue // it takes everything
+		}
+		if u.spool, err = dir.open(u.name, int64(r.config.spoolMax), r.config.spoolFull == spoolDropOldest, u.metrics, r.log); err != nil {
+			return err
+		}
+		u.hurry, u.metrics.spool = hurry, r.metrics.spool(u.name, u.spool.status)
+		names = append(names, u.name)
+	}
+	strangers, err := dir.strangers(names)
+	if len(strangers) > 0 {
+		r.log.Warn("spool: these belong to no required upstream and are left alone", "upstreams", strings.Join(strangers, " "))
+	}
+	for _, name := range r.config.forwardHeader {
+		if secret(name) {
+			r.log.Warn("a forwarded header may be a credential: profiles from the spool go upstream without it", "header", name)
+		}
+	}
+	return err
+}
+
 // newFanout makes the upstreams of c.
 func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 	f := &fanout{mirrorRoom: int64(c.maxInflight / 4)}
@@ -891,6 +971,7 @@ func (r *relay) serve(ctx context.Context) int {
 		go func() { failed <- r.admin.Serve(r.adminSocket) }()
 	}
 	defer r.admin.Close()
+	r.fan.startSpools()
 	go func() { failed <- r.serveData() }()
 	r.log.Info("listening", "addr", r.conns.Addr())
 	r.notify("READY=1")
@@ -943,6 +1024,9 @@ func (r *relay) drain(ctx context.Context, signals <-chan os.Signal) error {
 	}
 	timed, stop := context.WithTimeoutCause(patient, r.config.shutdownTimeout, errors.New("-shutdown-timeout is over"))
 	defer stop()
+	if r.fan.hurry != nil { // time for the spool, and as much for Shutdown, which looks only so often
+		defer time.AfterFunc(attemptBefore(attemptBefore(r.config.shutdownTimeout)), r.fan.hurry).Stop()
+	}
 	// Shutdown comes last: from its first moment on, the server drops requests that it has only just read.
 	r.conns.Close()
 	if !r.conns.wait(timed) || !r.answered(timed) || !r.fan.wait(timed) || r.data.Shutdown(timed) != nil {

@@ -46,10 +46,11 @@ const (
 	rejectProtocol    = "protocol"
 	rejectCrossOrigin = "cross_origin"
 	rejectLoop        = "loop"
+	rejectSpoolFull   = "spool_full"
 )
 
 func rejectReasons() []string {
-	return []string{rejectBodySize, rejectBodyRead, rejectInflight, rejectTenant, rejectProtocol, rejectCrossOrigin, rejectLoop}
+	return []string{rejectBodySize, rejectBodyRead, rejectInflight, rejectTenant, rejectProtocol, rejectCrossOrigin, rejectLoop, rejectSpoolFull}
 }
 
 // Reasons of pyroscope_write_dropped_*_total: why one upstream did not get a profile that the relay had accepted.
@@ -60,10 +61,16 @@ const (
 	dropAbandoned   = "abandoned"      // the client gave up
 	dropBacklog     = "mirror_backlog" // mirrors held all the memory they may
 	dropShutdown    = "shutdown"       // the relay was stopped before it was done
+
+	dropSpoolFull     = "spool_full"     // the spool could not take it
+	dropSpoolOldest   = "spool_oldest"   // made room for another
+	dropSpoolRejected = "spool_rejected" // set aside: refused, or failed too often
+	dropSpoolDamaged  = "spool_damaged"  // the file was not as it was written, or gone
 )
 
 func dropReasons() []string {
-	return []string{dropRefused, dropUnavailable, dropDeadline, dropAbandoned, dropBacklog, dropShutdown}
+	return []string{dropRefused, dropUnavailable, dropDeadline, dropAbandoned, dropBacklog, dropShutdown,
+		dropSpoolFull, dropSpoolOldest, dropSpoolRejected, dropSpoolDamaged}
 }
 
 // A family is one metric name: its series share help text and kind.
@@ -85,6 +92,8 @@ type metrics struct {
 	rejected     map[string]*expvar.Int // by reason; read-only after start
 
 	sentBytes, sentRequests, droppedBytes, droppedRequests, retries, latency *expvar.Map
+
+	spoolFiles, spoolBytes, spoolOldest, spoolWritten, spoolReplayed, spoolRejected, spoolDamaged *expvar.Map
 }
 
 func newMetrics() *metrics {
@@ -114,6 +123,7 @@ func newMetrics() *metrics {
 	m.droppedRequests = m.family("pyroscope_write_dropped_requests_total", "Profiles an upstream did not get, by reason.", "counter")
 	m.retries = m.family("pyroscope_write_retries_total", "Attempts after the first one.", "counter")
 	m.latency = m.family("pyroscope_write_latency", "Seconds for one attempt (_downstream) or all of them (_endpoint).", "histogram")
+	m.spoolFamilies()
 	m.buildInfo()
 	m.runtimeGauges()
 	return m
@@ -188,6 +198,7 @@ type endpointMetrics struct {
 	sentBytes, sentRequests, retries *expvar.Int
 	droppedBytes, droppedRequests    map[string]*expvar.Int // by reason; read-only
 	attempt, whole                   [2]*histogram          // by routeIngest, routePush
+	spool                            *spoolMetrics          // nil: there is no spool
 }
 
 // endpoint declares the series of one upstream. Call it at start only, once for each name.
@@ -217,6 +228,29 @@ func (e *endpointMetrics) sent(bytes int) {
 func (e *endpointMetrics) dropped(reason string, bytes int) {
 	e.droppedRequests[reason].Add(1)
 	e.droppedBytes[reason].Add(int64(bytes))
+}
+
+// spoolMetrics are the counters of one upstream's spool.
+type spoolMetrics struct{ written, replayed, rejected, damaged *expvar.Int }
+
+func (m *metrics) spoolFamilies() {
+	m.spoolFiles = m.family("pyroscope_relay_spool_files", "Profiles in the spool.", "gauge")
+	m.spoolBytes = m.family("pyroscope_relay_spool_bytes", "Bytes of the files in the spool.", "gauge")
+	m.spoolOldest = m.family("pyroscope_relay_spool_oldest_seconds", "Age of the oldest profile in the spool; 0 if there is none.", "gauge")
+	m.spoolWritten = m.family("pyroscope_relay_spool_written_total", "Profiles put into the spool.", "counter")
+	m.spoolReplayed = m.family("pyroscope_relay_spool_replayed_total", "Profiles that an upstream accepted out of the spool.", "counter")
+	m.spoolRejected = m.family("pyroscope_relay_spool_rejected_total", "Profiles set aside because an upstream would not take them.", "counter")
+	m.spoolDamaged = m.family("pyroscope_relay_spool_damaged_total", "Files set aside because they were not as they were written.", "counter")
+}
+
+// spool declares the series of one upstream's spool. status is asked whenever somebody looks. Call it at start only,
+// once for each name.
+func (m *metrics) spool(name string, status func() (files, bytes int64, oldest float64)) *spoolMetrics {
+	l := label("endpoint", name)
+	m.spoolFiles.Set(l, expvar.Func(func() any { n, _, _ := status(); return n }))
+	m.spoolBytes.Set(l, expvar.Func(func() any { _, n, _ := status(); return n }))
+	m.spoolOldest.Set(l, expvar.Func(func() any { _, _, age := status(); return age }))
+	return &spoolMetrics{add(m.spoolWritten, l), add(m.spoolReplayed, l), add(m.spoolRejected, l), add(m.spoolDamaged, l)}
 }
 
 const bucketCount = 12

@@ -126,15 +126,15 @@ func (p keyPair) certificate(t testing.TB) *tls.Certificate {
 	return &c
 }
 
-// A folder is a directory of files that change while the relay runs.
-type folder string
+// A secretFolder is a directory of files that change while the relay runs.
+type secretFolder string
 
-func newFolder(t testing.TB) folder { return folder(t.TempDir()) }
+func newFolder(t testing.TB) secretFolder { return secretFolder(t.TempDir()) }
 
-func (f folder) path(name string) string { return filepath.Join(string(f), name) }
+func (f secretFolder) path(name string) string { return filepath.Join(string(f), name) }
 
 // put replaces a file in one step, readable by its owner alone, and returns its path.
-func (f folder) put(t testing.TB, name string, content []byte) string {
+func (f secretFolder) put(t testing.TB, name string, content []byte) string {
 	t.Helper()
 	if err := os.WriteFile(f.path(name+".new"), content, 0o600); err != nil {
 		t.Fatal(err)
@@ -146,14 +146,14 @@ func (f folder) put(t testing.TB, name string, content []byte) string {
 }
 
 // putPair writes name.crt and name.key.
-func (f folder) putPair(t testing.TB, name string, p keyPair) {
+func (f secretFolder) putPair(t testing.TB, name string, p keyPair) {
 	t.Helper()
 	f.put(t, name+".crt", p.cert)
 	f.put(t, name+".key", p.key)
 }
 
 // serverFlags writes server.crt and server.key and returns the flags that name them.
-func (f folder) serverFlags(t testing.TB, p keyPair) []string {
+func (f secretFolder) serverFlags(t testing.TB, p keyPair) []string {
 	t.Helper()
 	f.putPair(t, "server", p)
 	return []string{"-tls-cert-file", f.path("server.crt"), "-tls-key-file", f.path("server.key")}

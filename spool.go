@@ -1,0 +1,859 @@
+package main
+
+// Profiles on disk until their upstream takes them: one folder for each upstream, one file for each profile.
+//
+// A file is written under a temporary name, synced, renamed, and the folder synced: then it outlives a crash of the
+// relay or of the host, and its client may be told so. It is removed once its upstream has accepted it, which makes
+// delivery "at least once". In memory a profile is its file's name and size, never its body.
+//
+// What happens to files is decided in a queue of which this file's spool type is the one owner; what an upstream's
+// answer means is the recipient's business. No credential is written: see secret.
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"math"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// spoolWriters is how many files are written at once for one upstream: each keeps a thread waiting for the disk.
+const spoolWriters = 32
+
+// How replay goes about it. An upstream that just came back gets one file at a time, in order, and one more at the same
+// time for every replayStep it accepted, up to replayWidth. replayBytes is what the files under way may hold in memory,
+// outside -max-inflight-bytes, in bytes; a larger one goes alone.
+const (
+	replayStep  = 128
+	replayWidth = 16
+	replayBytes = 16 << 20
+)
+
+// poisonAnswers is how often an upstream that takes other profiles may answer one with its own failure before that one
+// is set aside.
+const poisonAnswers = 10
+
+// asideShare is the part of -spool-max-bytes that rejected/ may take, as a divisor.
+const asideShare = 10
+
+// Names in the spool directory. No upstream's folder begins with a dot.
+const (
+	lockName   = ".lock"
+	asideName  = "rejected"
+	tempPrefix = ".tmp-"
+	fileSuffix = ".profile"
+)
+
+// spoolMagic begins every file; the SHA-256 of all that follows the first line ends that line.
+const spoolMagic = "pyroscope-relay spool 1 sha256 "
+
+const firstLine = len(spoolMagic) + 2*sha256.Size + 1
+
+// maxFolder is the longest name of a directory on common file systems, in bytes.
+const maxFolder = 255
+
+// errSpoolFull is a spool that may not or cannot hold another profile.
+var errSpoolFull = errors.New("the spool is full (-spool-max-bytes)")
+
+// errDamaged is a file that is not as it was written.
+var errDamaged = errors.New("the file is damaged")
+
+// secret tells whether a header may hold a credential: such a one is not written, and the profile goes upstream without
+// it when it is replayed. Only -forward-header lets these in at all.
+func secret(name string) bool {
+	name = strings.ToLower(name)
+	return slices.ContainsFunc([]string{"auth", "cookie", "token", "secret", "passw", "key", "credential", "session", "jwt", "signature"},
+		func(word string) bool { return strings.Contains(name, word) })
+}
+
+// spoolHead is a file up to its body: the checksum, the request line, the headers by name, and a blank line. Nothing in
+// p can hold a line break: net/http refuses them in queries and header values.
+func spoolHead(p *payload) []byte {
+	rest := []byte("POST " + p.path())
+	if p.query != "" {
+		rest = append(rest, "?"+p.query...)
+	}
+	rest = append(rest, '\n')
+	for _, name := range slices.Sorted(maps.Keys(p.header)) {
+		for _, value := range p.header[name] {
+			if !secret(name) {
+				rest = append(rest, name+": "+value+"\n"...)
+			}
+		}
+	}
+	rest = append(rest, '\n')
+	sum := sha256.New()
+	sum.Write(rest)
+	sum.Write(p.body)
+	return append([]byte(spoolMagic+hex.EncodeToString(sum.Sum(nil))+"\n"), rest...)
+}
+
+// parseSpooled reads a file. The payload's body shares data. The error is errDamaged.
+func parseSpooled(data []byte) (*payload, error) {
+	if len(data) < firstLine {
+		return nil, errDamaged
+	}
+	sum := sha256.Sum256(data[firstLine:])
+	if string(data[:firstLine]) != spoolMagic+hex.EncodeToString(sum[:])+"\n" {
+		return nil, errDamaged
+	}
+	head, body, ok := bytes.Cut(data[firstLine:], []byte("\n\n"))
+	lines := strings.Split(string(head), "\n")
+	target, post := strings.CutPrefix(lines[0], "POST ")
+	path, query, _ := strings.Cut(target, "?")
+	if !ok || !post || path != ingestPath && path != pushPath {
+		return nil, errDamaged
+	}
+	p := &payload{route: routeIngest, query: query, header: http.Header{}, body: body, free: func() {}}
+	if path == pushPath {
+		p.route = routePush
+	}
+	for _, line := range lines[1:] {
+		name, value, ok := strings.Cut(line, ": ")
+		if !ok || name == "" {
+			return nil, errDamaged
+		}
+		p.header[name] = append(p.header[name], value)
+	}
+	return p, nil
+}
+
+// folderName is the directory of an upstream's spool: its name percent-encoded, leading dots too.
+func folderName(upstream string) string {
+	rest := strings.TrimLeft(upstream, ".")
+	return strings.Repeat("%2E", len(upstream)-len(rest)) + url.PathEscape(rest)
+}
+
+// A disk is one upstream's folder; names may begin with "rejected/". Safe for concurrent use. The tests put one in its
+// place that fails at a given step.
+type disk interface {
+	create(name string) (diskFile, error) // for writing; an error if it is there
+	read(name string) ([]byte, error)
+	rename(from, to string) error
+	remove(name string) error
+	sync() error // makes what was renamed so far outlive a crash of the host
+}
+
+type diskFile interface {
+	io.WriteCloser
+	Sync() error
+}
+
+// A folder is a disk below a directory that nothing it is asked for can leave.
+type folder struct {
+	root *os.Root
+	name string
+}
+
+func (d folder) create(name string) (diskFile, error) {
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	f, err := d.root.OpenFile(d.name+"/"+name, flags, 0o600)
+	if errors.Is(err, fs.ErrNotExist) && d.make() == nil { // somebody cleared it away
+		f, err = d.root.OpenFile(d.name+"/"+name, flags, 0o600)
+	}
+	if err != nil {
+		return nil, err // not f: a nil *os.File is no nil diskFile
+	}
+	return f, nil
+}
+
+func (d folder) read(name string) ([]byte, error) { return d.root.ReadFile(d.name + "/" + name) }
+
+func (d folder) rename(from, to string) error {
+	return d.root.Rename(d.name+"/"+from, d.name+"/"+to)
+}
+
+func (d folder) remove(name string) error { return d.root.Remove(d.name + "/" + name) }
+
+func (d folder) sync() error { return syncDir(d.root, d.name) }
+
+// make creates the folder, and rejected/ in it, unless they are there.
+func (d folder) make() error {
+	for _, name := range []string{d.name, d.name + "/" + asideName} {
+		if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return syncDir(d.root, ".")
+}
+
+func syncDir(root *os.Root, name string) error {
+	f, err := root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// A spoolDir is -spool-dir, held by this process alone.
+type spoolDir struct {
+	root *os.Root
+	lock *os.File // closing it, or the end of the process in whatever way, lets go
+}
+
+// openSpoolDir opens dir and locks it. It creates it if need be; a directory that is there keeps its mode.
+func openSpoolDir(dir string) (*spoolDir, error) {
+	if err := makeSpoolDir(dir); err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	lock, err := root.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, errors.Join(err, root.Close())
+	}
+	if err := lockFile(lock); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s cannot be locked; another relay may be using it: %w", dir, err), lock.Close(), root.Close())
+	}
+	return &spoolDir{root, lock}, nil
+}
+
+// makeSpoolDir creates dir. The sync of its parents is all that makes it outlive a power cut; one that we may not open
+// for that was not created by us.
+func makeSpoolDir(dir string) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	at, err := filepath.Abs(dir)
+	for err == nil && at != filepath.Dir(at) {
+		at = filepath.Dir(at)
+		if f, err := os.Open(at); err == nil {
+			f.Sync()
+			f.Close()
+		}
+	}
+	return err
+}
+
+func (d *spoolDir) close() error { return errors.Join(d.lock.Close(), d.root.Close()) }
+
+// strangers are the folders in the directory that belong to none of these upstreams, by the upstream's name.
+func (d *spoolDir) strangers(upstreams []string) ([]string, error) {
+	var found []string
+	err := eachName(d.root, ".", func(name string) {
+		if name != lockName && !slices.ContainsFunc(upstreams, func(u string) bool { return folderName(u) == name }) {
+			found = append(found, name)
+		}
+	})
+	for i, name := range found {
+		if upstream, err := url.PathUnescape(name); err == nil {
+			found[i] = upstream
+		}
+	}
+	return found, err
+}
+
+// eachName calls f with every name in a directory, in no order.
+func eachName(root *os.Root, dir string, f func(name string)) error {
+	d, err := root.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	for {
+		names, err := d.Readdirnames(1024) // a part at a time: there may be very many
+		for _, name := range names {
+			f(name)
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// open reads what there is for an upstream, and removes what was never finished. Call it once for each.
+func (d *spoolDir) open(upstream string, max int64, dropOldest bool, m *endpointMetrics, log *slog.Logger) (*spool, error) {
+	s := &spool{
+		upstream: upstream, max: max, dropOldest: dropOldest, metrics: m, log: log,
+		writers: make(chan struct{}, spoolWriters), wake: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	at := folder{d.root, folderName(upstream)}
+	s.disk = at
+	if err := at.make(); err != nil {
+		return nil, err
+	}
+	if err := s.load(d.root, at.name); err != nil {
+		return nil, err
+	}
+	s.pending.Store(int64(len(s.files)))
+	if n := len(s.files); n > 0 {
+		s.last = s.files[n-1].id
+		log.Info("spool holds profiles from before", "upstream", upstream, "files", n, "bytes", s.bytes)
+	}
+	return s, nil
+}
+
+func (s *spool) load(base *os.Root, name string) error {
+	root, err := base.OpenRoot(name)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	var unknown string
+	err = eachName(root, ".", func(name string) {
+		switch f, ok := statSpooled(root, name); {
+		case ok:
+			s.files, s.bytes = append(s.files, f), s.bytes+f.size
+		case strings.HasPrefix(name, tempPrefix):
+			s.disk.remove(name)
+		case name != asideName:
+			unknown = name
+		}
+	})
+	if unknown != "" {
+		s.log.Warn("spool: a file that the relay did not write is left alone", "upstream", s.upstream, "file", unknown)
+	}
+	slices.SortFunc(s.files, byID)
+	return errors.Join(err, s.loadAside(root))
+}
+
+// loadAside finds out how much rejected/ holds.
+func (s *spool) loadAside(root *os.Root) error {
+	err := eachName(root, asideName, func(name string) {
+		if info, err := root.Lstat(asideName + "/" + name); err == nil {
+			s.aside, s.asideBytes = append(s.aside, asideFile{asideName + "/" + name, info.Size()}), s.asideBytes+info.Size()
+		}
+	})
+	slices.SortFunc(s.aside, func(a, b asideFile) int { return strings.Compare(a.name, b.name) })
+	return err
+}
+
+// A spooled is one file that waits. All but its first line is under spool.mu.
+type spooled struct {
+	id, size, body int64 // nanoseconds since 1970, unique; bytes of the file, and of the body in it
+
+	busy     bool      // being sent
+	tries    int       // failures that may have been its own
+	poison   int       // those of them that count for poisonAnswers
+	poisoned bool      // the last one may count
+	proved   bool      // one was its own: another profile was accepted right after it
+	after    time.Time // not to be sent before
+}
+
+// name is the name of the file: names sort as their times do.
+func (f *spooled) name() string { return fmt.Sprintf("%020d-%d%s", f.id, f.body, fileSuffix) }
+
+func byID(a, b *spooled) int { return int(min(1, max(-1, a.id-b.id))) }
+
+// statSpooled is the file of that name; false if it is none of ours.
+func statSpooled(root *os.Root, name string) (*spooled, bool) {
+	id, body, ok := strings.Cut(strings.TrimSuffix(name, fileSuffix), "-")
+	f := &spooled{}
+	var err1, err2 error
+	f.id, err1 = strconv.ParseInt(id, 10, 64)
+	f.body, err2 = strconv.ParseInt(body, 10, 64)
+	if !ok || err1 != nil || err2 != nil || f.id < 0 || f.name() != name {
+		return nil, false
+	}
+	info, err := root.Lstat(name)
+	if err != nil || !info.Mode().IsRegular() {
+		return nil, false
+	}
+	f.size = info.Size()
+	return f, true
+}
+
+// An asideFile is one in rejected/.
+type asideFile struct {
+	name string
+	size int64
+}
+
+// A trial is what came of sending one file.
+type trial int
+
+const (
+	trialAccepted trial = iota
+	trialRefused        // for good
+	trialPoison         // the upstream failed over it: the profile may be at fault
+	trialDoubtful       // it failed: the profile or the upstream may be at fault
+	trialDown           // the upstream is at fault
+	trialDamaged        // the file is not as it was written
+	trialCut            // the relay is stopping
+)
+
+// A recipient is an upstream as its spool sees it.
+type recipient interface {
+	// retake offers a profile once. The duration is how long the upstream asked to be left alone.
+	retake(context.Context, *payload) (trial, time.Duration)
+	// patience is how long to wait after failure number n, the first being 0. random, in [0, 1), makes it longer.
+	patience(n int, asked time.Duration, random float64) time.Duration
+}
+
+// A spool holds the profiles that one upstream could not take, and hands them over when it can. Safe for concurrent
+// use.
+type spool struct {
+	upstream   string
+	disk       disk
+	max        int64 // bytes of files
+	dropOldest bool  // when there is no room: else the new one is turned away
+	metrics    *endpointMetrics
+	log        *slog.Logger
+	trouble    throttle // of what a person must mend
+	asides     throttle
+	to         recipient
+	writers    chan struct{}      // a semaphore
+	pending    atomic.Int64       // files, and those being written
+	wake       chan struct{}      // replay has something to look at
+	done       chan struct{}      // closed when replay has ended
+	cut        context.CancelFunc // ends what is under way
+
+	mu              sync.Mutex
+	last            int64      // the newest id
+	files           []*spooled // by id
+	bytes, reserved int64      // of files, and of those being written
+	aside           []asideFile
+	asideBytes      int64
+
+	stopping  bool
+	busy      int // files being sent
+	busyBytes int64
+	streak    int       // accepted since the upstream was last down
+	failures  int       // in a row
+	pause     time.Time // nothing is sent before
+	suspect   *spooled  // failed last; whether by its own fault, the next one will show
+	rounds    int       // times that the upstream was found down
+}
+
+// waiting tells whether profiles must go through the spool, behind those that are there.
+func (s *spool) waiting() bool { return s.pending.Load() > 0 }
+
+// add stores p and returns once it would outlive a crash. It waits for its turn until ctx ends, and not for the disk
+// after that. The error is that of ctx, or else p is not stored for lack of room or a fault of the disk.
+func (s *spool) add(ctx context.Context, p *payload) error {
+	s.pending.Add(1)
+	if err := s.store(ctx, p); err != nil {
+		s.pending.Add(-1)
+		if ctx.Err() == nil {
+			s.trouble.log(s.log, slog.LevelError, "spool cannot take a profile", "upstream", s.upstream, "error", err)
+		}
+		return err
+	}
+	s.metrics.spool.written.Add(1)
+	s.poke()
+	return nil
+}
+
+func (s *spool) store(ctx context.Context, p *payload) error {
+	select {
+	case s.writers <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.writers }()
+	head := spoolHead(p)
+	f, err := s.reserve(int64(len(head)), int64(len(p.body)))
+	if err != nil {
+		return err
+	}
+	err = s.write(f, head, p.body)
+	for isFull(err) && s.dropOldest && s.makeRoom(f.size) {
+		err = s.write(f, head, p.body)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reserved -= f.size
+	if err != nil {
+		return err
+	}
+	// Writers overtake each other: the place is nearly always the last.
+	i, _ := slices.BinarySearchFunc(s.files, f, byID)
+	s.files, s.bytes = slices.Insert(s.files, i, f), s.bytes+f.size
+	return nil
+}
+
+// isFull tells whether a file could not be written for lack of space.
+func isFull(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+
+// reserve makes room for a file and gives it its name.
+func (s *spool) reserve(head, body int64) (*spooled, error) {
+	f := &spooled{size: head + body, body: body}
+	for {
+		s.mu.Lock()
+		over := s.bytes + s.reserved + f.size - s.max
+		if over <= 0 {
+			s.last = max(time.Now().UnixNano(), s.last+1)
+			f.id = s.last
+			s.reserved += f.size
+			s.mu.Unlock()
+			return f, nil
+		}
+		s.mu.Unlock()
+		if !s.dropOldest || f.size > s.max || !s.makeRoom(over) {
+			return nil, errSpoolFull
+		}
+	}
+}
+
+// makeRoom drops the oldest files, at least that many bytes of them if there are so many; false if there are none.
+func (s *spool) makeRoom(bytes int64) bool {
+	var dropped []*spooled
+	s.mu.Lock()
+	for i := 0; i < len(s.files) && bytes > 0; {
+		f := s.files[i]
+		if f.busy {
+			i++
+			continue
+		}
+		s.removeLocked(f)
+		bytes -= f.size
+		dropped = append(dropped, f)
+	}
+	s.mu.Unlock()
+	for _, f := range dropped {
+		s.erase(f)
+		s.metrics.dropped(dropSpoolOldest, int(f.body))
+		s.pending.Add(-1)
+		s.trouble.log(s.log, slog.LevelWarn, "spool is full: its oldest profile was dropped", "upstream", s.upstream, "file", f.name())
+	}
+	return len(dropped) > 0
+}
+
+// write puts a file where a crash cannot reach it, or leaves none.
+func (s *spool) write(f *spooled, head, body []byte) error {
+	temp := tempPrefix + f.name()
+	err := s.fill(temp, head, body)
+	if err == nil {
+		err = s.disk.rename(temp, f.name())
+	}
+	if err != nil {
+		s.disk.remove(temp)
+		return err
+	}
+	if err := s.disk.sync(); err != nil {
+		s.disk.remove(f.name())
+		return err
+	}
+	return nil
+}
+
+func (s *spool) fill(name string, parts ...[]byte) (err error) {
+	f, err := s.disk.create(name)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	for _, part := range parts {
+		if _, err := f.Write(part); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
+}
+
+// erase removes a file that is done with. One that stays is sent again after a restart.
+func (s *spool) erase(f *spooled) {
+	if err := s.disk.remove(f.name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.trouble.log(s.log, slog.LevelError, "spool: a file cannot be removed", "upstream", s.upstream, "error", err)
+	}
+}
+
+// poke makes replay look at the queue again.
+func (s *spool) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// start begins to hand files over, until ctx ends or stop. Call it once.
+func (s *spool) start(ctx context.Context, to recipient) {
+	s.to = to
+	ctx, cut := context.WithCancel(ctx)
+	s.cut = cut
+	go s.replay(ctx)
+}
+
+// stop sends no more files, and waits for those under way until ctx ends; then it cuts them short. What comes in
+// afterwards is stored all the same. Call it after start.
+func (s *spool) stop(ctx context.Context) {
+	s.mu.Lock()
+	s.stopping = true
+	s.mu.Unlock()
+	s.poke()
+	select {
+	case <-s.done:
+	case <-ctx.Done():
+	}
+	s.cut()
+	<-s.done
+}
+
+func (s *spool) replay(ctx context.Context) {
+	defer close(s.done)
+	var trying sync.WaitGroup
+	defer trying.Wait()
+	for {
+		f, wait, stopping := s.next(time.Now())
+		if stopping || ctx.Err() != nil {
+			return
+		}
+		if f != nil {
+			trying.Go(func() { s.try(ctx, f) })
+			continue
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-s.wake:
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		t.Stop()
+	}
+}
+
+// next is the file to send now, or how long to wait for one unless something changes.
+func (s *spool) next(now time.Time) (f *spooled, wait time.Duration, stopping bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d := s.pause.Sub(now); d > 0 || s.stopping {
+		return nil, d, s.stopping
+	}
+	wait = math.MaxInt64
+	if s.busy >= s.widthLocked() {
+		return nil, wait, false
+	}
+	first := s.firstLocked()
+	for i := range s.files {
+		f := s.files[(first+i)%len(s.files)]
+		if d := f.after.Sub(now); f.busy || d > 0 {
+			wait = min(wait, max(d, time.Millisecond))
+			continue
+		}
+		if s.busy > 0 && s.busyBytes+f.size > replayBytes {
+			break
+		}
+		f.busy = true
+		s.busy, s.busyBytes = s.busy+1, s.busyBytes+f.size
+		return f, 0, false
+	}
+	return nil, wait, false
+}
+
+// widthLocked is how many files may be under way at once.
+func (s *spool) widthLocked() int {
+	if s.failures > 0 || s.suspect != nil {
+		return 1
+	}
+	return min(replayWidth, 1+s.streak/replayStep)
+}
+
+// firstLocked is where to begin to look for a file: at the oldest. After a failure that may be the profile's own fault
+// another one shows whether it was, and not always the same other one. A profile that brings its upstream down whenever
+// it comes back is not let go first every time.
+func (s *spool) firstLocked() int {
+	if len(s.files) > 0 && (s.suspect != nil || s.rounds%2 == 1 && s.files[0].tries >= poisonAnswers) {
+		return s.rounds % len(s.files)
+	}
+	return 0
+}
+
+// try sends one file and deals with what comes of it.
+func (s *spool) try(ctx context.Context, f *spooled) {
+	var p *payload
+	data, err := s.disk.read(f.name())
+	if err == nil {
+		p, err = parseSpooled(data)
+	}
+	t, asked := trialDoubtful, time.Duration(0)
+	switch {
+	case errors.Is(err, errDamaged) || errors.Is(err, fs.ErrNotExist):
+		t = trialDamaged
+	case err != nil:
+		s.trouble.log(s.log, slog.LevelError, "spool: a file cannot be read", "upstream", s.upstream, "error", err)
+	default:
+		p.hold()
+		t, asked = s.to.retake(ctx, p)
+	}
+	s.finish(f, t, asked)
+	s.poke()
+}
+
+// finish books the result of a trial.
+func (s *spool) finish(f *spooled, t trial, asked time.Duration) {
+	s.mu.Lock()
+	f.busy = false
+	s.busy, s.busyBytes = s.busy-1, s.busyBytes-f.size
+	condemned := s.judgeLocked(f, t, asked, time.Now())
+	s.mu.Unlock()
+	switch t {
+	case trialAccepted:
+		s.metrics.spool.replayed.Add(1)
+		s.erase(f)
+		s.pending.Add(-1)
+	case trialDamaged:
+		s.metrics.spool.damaged.Add(1)
+		s.metrics.dropped(dropSpoolDamaged, int(f.body))
+		s.setAside(f, ".damaged")
+	}
+	if condemned != nil {
+		s.metrics.spool.rejected.Add(1)
+		s.metrics.dropped(dropSpoolRejected, int(condemned.body))
+		s.setAside(condemned, "")
+	}
+}
+
+// judgeLocked sorts f back into the queue or out of it, and returns the file to set aside as rejected, if any.
+//
+// When a profile fails, the next one to be answered shows whose fault it was: if it is accepted, the first one's own;
+// if it fails too, the upstream's. A profile that is all alone gets no such test, and one that had it needs no other.
+func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.Time) (condemned *spooled) {
+	switch t {
+	case trialCut:
+		return nil
+	case trialDamaged:
+		s.removeLocked(f)
+		return nil
+	case trialRefused:
+		s.removeLocked(f)
+		s.failures = 0
+		return f
+	case trialAccepted:
+		s.removeLocked(f)
+		s.failures, s.streak = 0, s.streak+1
+		return s.convictLocked()
+	case trialDown:
+		s.suspect = nil
+		s.restLocked(asked, now)
+		return nil
+	}
+	f.poisoned = t == trialPoison
+	f.after = now.Add(s.to.patience(f.tries, asked, 0))
+	f.tries++
+	switch {
+	case f.proved && s.failures > 0:
+		return nil
+	case f.proved || s.aloneLocked(f):
+		return s.countLocked(f)
+	case s.suspect == nil || s.suspect == f:
+		s.suspect = f
+		return nil
+	}
+	s.suspect = nil
+	s.restLocked(asked, now)
+	return nil
+}
+
+// aloneLocked tells whether there is no other profile that could show whether f or the upstream is at fault.
+func (s *spool) aloneLocked(f *spooled) bool {
+	return !slices.ContainsFunc(s.files, func(other *spooled) bool { return other != f && !other.proved })
+}
+
+// convictLocked holds its failure against the suspect, if there is one.
+func (s *spool) convictLocked() *spooled {
+	f := s.suspect
+	s.suspect = nil
+	if f == nil {
+		return nil
+	}
+	f.proved = true
+	return s.countLocked(f)
+}
+
+// countLocked counts f's last failure if it is one that counts. After too many of them f is out of the queue, and
+// returned.
+func (s *spool) countLocked(f *spooled) *spooled {
+	if f.poisoned {
+		f.poison++
+	}
+	if f.poison < poisonAnswers {
+		return nil
+	}
+	s.removeLocked(f)
+	return f
+}
+
+// restLocked leaves the upstream alone for a while, longer each time until it accepts something. What fails while it
+// is being left alone does not count again.
+func (s *spool) restLocked(asked time.Duration, now time.Time) {
+	s.streak = 0
+	if now.Before(s.pause) {
+		return
+	}
+	s.pause = now.Add(s.to.patience(s.failures, asked, rand.Float64()))
+	s.failures++
+	s.rounds++
+}
+
+// rest is for a failure that was seen outside the spool.
+func (s *spool) rest(asked time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.restLocked(asked, time.Now())
+}
+
+// removeLocked takes f out of the queue. It is cheap for the oldest ones.
+func (s *spool) removeLocked(f *spooled) {
+	i, ok := slices.BinarySearchFunc(s.files, f, byID)
+	if !ok {
+		return
+	}
+	copy(s.files[1:i+1], s.files[:i])
+	s.files[0] = nil
+	s.files, s.bytes = s.files[1:], s.bytes-f.size
+	if s.suspect == f {
+		s.suspect = nil
+	}
+}
+
+// setAside moves a file out of the queue's way, into rejected/, whose oldest files make room for it.
+func (s *spool) setAside(f *spooled, suffix string) {
+	defer s.pending.Add(-1)
+	name := asideName + "/" + f.name() + suffix
+	most := s.max / asideShare
+	if f.size > most {
+		s.asides.log(s.log, slog.LevelWarn, "spool: a profile was given up; rejected/ has no room for it", "upstream", s.upstream, "bytes", f.size)
+		s.erase(f)
+		return
+	}
+	if err := s.disk.rename(f.name(), name); err != nil {
+		s.trouble.log(s.log, slog.LevelError, "spool: a file cannot be moved", "upstream", s.upstream, "error", err)
+		return
+	}
+	s.asides.log(s.log, slog.LevelWarn, "spool: a profile was set aside", "upstream", s.upstream, "file", name)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.aside, s.asideBytes = append(s.aside, asideFile{name, f.size}), s.asideBytes+f.size
+	for s.asideBytes > most {
+		s.disk.remove(s.aside[0].name)
+		s.asideBytes -= s.aside[0].size
+		s.aside = s.aside[1:]
+	}
+}
+
+// status is what the gauges show: files, their bytes, and the age of the oldest one in seconds.
+func (s *spool) status() (files, bytes int64, oldest float64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.files) > 0 {
+		oldest = max(0, time.Since(time.Unix(0, s.files[0].id)).Seconds())
+	}
+	return int64(len(s.files)), s.bytes, oldest
+}

@@ -1,0 +1,11 @@
+//go:build !(darwin || dragonfly || freebsd || linux || netbsd || openbsd)
+
+package main
+
+import (
+	"errors"
+	"os"
+)
+
+// lockFile always fails: there is no spool where its promises were not tested.
+func lockFile(*os.File) error { return errors.ErrUnsupported }
