@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -254,7 +256,9 @@ func everyMetric(endpoints ...string) *metrics {
 	m := newMetrics()
 	for _, name := range endpoints {
 		m.endpoint(name)
+		m.spool(name, func() (files, bytes int64, oldest float64) { return 0, 0, 0 })
 	}
+	m.certificate(func() any { return 0 })
 	return m
 }
 
@@ -377,5 +381,41 @@ func TestThrottle(t *testing.T) {
 	once.log(l, 0, "often", "n", 2)
 	if !strings.Contains(out.String(), "msg=often n=2 unlogged=4") {
 		t.Errorf("logged:\n%s", out.String())
+	}
+}
+
+// The alerts watch metrics of the relay.
+func TestAlertsNameMetricsThatExist(t *testing.T) {
+	t.Parallel()
+	rules, err := os.ReadFile("deploy/alerts.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := table(t, "### Metrics")
+	for _, name := range regexp.MustCompile(`pyroscope_[a-z_]+`).FindAllString(string(rules), -1) {
+		if rows[name] == nil {
+			t.Errorf("deploy/alerts.yml has %s, which does not exist", name)
+		}
+	}
+}
+
+// The flags in deploy/ are flags of the relay.
+func TestDeployNamesFlagsThatExist(t *testing.T) {
+	t.Parallel()
+	c := parse(t)
+	paths, err := filepath.Glob("deploy/*")
+	if err != nil || len(paths) == 0 {
+		t.Fatal("nothing in deploy/", err)
+	}
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?:^|[\s"])-(upstream|healthcheck|[a-z]+(?:-[a-z]+)+)`).FindAllStringSubmatch(string(text), -1) {
+			if c.flags.Lookup(m[1]) == nil {
+				t.Errorf("%s has the flag -%s, which does not exist", path, m[1])
+			}
+		}
 	}
 }
