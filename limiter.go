@@ -436,10 +436,11 @@ type claim struct {
 	granted chan struct{} // closed under budget.mu
 }
 
-// take reserves n bytes, waiting for them until patience or ctx ends; false if they did not come free.
-func (b *budget) take(ctx context.Context, n int64, patience time.Duration) bool {
+// take reserves n bytes more for a request that holds held, waiting for them until patience or ctx ends; false if they
+// did not come free. A request that holds some goes first: others may be waiting for just these.
+func (b *budget) take(ctx context.Context, n, held int64, patience time.Duration) bool {
 	b.mu.Lock()
-	if n == 0 || b.free >= n && b.waiting.Len() == 0 {
+	if n == 0 || b.free >= n && (b.waiting.Len() == 0 || held > 0) {
 		b.free -= n
 		b.mu.Unlock()
 		b.metrics.inflightBytes.Add(n)
@@ -447,6 +448,9 @@ func (b *budget) take(ctx context.Context, n int64, patience time.Duration) bool
 	}
 	c := &claim{n, make(chan struct{})}
 	place := b.waiting.PushBack(c)
+	if held > 0 {
+		b.waiting.MoveToFront(place)
+	}
 	b.mu.Unlock()
 	over := time.NewTimer(patience)
 	defer over.Stop()
@@ -821,7 +825,7 @@ func (g *gate) grow(r *http.Request, b *bodyBuffer, patience time.Duration) (tim
 		size = max(b.second, 2*b.charged)
 	}
 	size = min(size, b.limit)
-	if !g.room.take(r.Context(), size-b.charged, patience) {
+	if !g.room.take(r.Context(), size-b.charged, b.charged, patience) {
 		return 0, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
 			reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
 	}

@@ -1167,18 +1167,18 @@ func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMetrics()
 		b := &budget{free: 100, metrics: m}
-		if !b.take(t.Context(), 100, roomWait) || !b.take(t.Context(), 0, roomWait) {
+		if !b.take(t.Context(), 100, 0, roomWait) || !b.take(t.Context(), 0, 0, roomWait) {
 			t.Fatal("there was room")
 		}
 		start := time.Now()
-		if b.take(t.Context(), 1, roomWait) || time.Since(start) != roomWait {
+		if b.take(t.Context(), 1, 0, roomWait) || time.Since(start) != roomWait {
 			t.Fatalf("one past the limit: waited %v", time.Since(start))
 		}
 		gone, leave := context.WithCancel(t.Context())
 		large, small := make(chan bool, 1), make(chan bool, 1)
-		go func() { large <- b.take(gone, 60, time.Hour) }()
+		go func() { large <- b.take(gone, 60, 0, time.Hour) }()
 		synctest.Wait()
-		go func() { small <- b.take(t.Context(), 10, time.Hour) }()
+		go func() { small <- b.take(t.Context(), 10, 0, time.Hour) }()
 		synctest.Wait()
 		b.give(50)
 		synctest.Wait()
@@ -1258,4 +1258,36 @@ func TestReadTakesRoomAsItGoes(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Two bodies that come at once and fill the budget together do not wait for each other's bytes.
+func TestBudgetLetsGrow(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := &budget{free: 100, metrics: newMetrics()}
+		b.take(t.Context(), 60, 0, roomWait)
+		whole := make(chan bool)
+		go func() { whole <- b.take(t.Context(), 100, 0, roomWait) }()
+		synctest.Wait()
+		if start := time.Now(); !b.take(t.Context(), 40, 60, roomWait) || time.Since(start) != 0 {
+			t.Error("a body that is being read waits behind one that is not")
+		}
+		b.give(100)
+		if !<-whole {
+			t.Error("the other one got nothing")
+		}
+		go func() { whole <- b.take(t.Context(), 100, 0, roomWait) }()
+		synctest.Wait()
+		grown := make(chan bool)
+		go func() { grown <- b.take(t.Context(), 50, 50, roomWait) }()
+		synctest.Wait()
+		b.give(50)
+		if !<-grown {
+			t.Error("room that came free went to the one that came first, not to the one that holds some")
+		}
+		b.give(100)
+		if !<-whole {
+			t.Error("the other one got nothing")
+		}
+	})
 }
