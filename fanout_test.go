@@ -984,3 +984,24 @@ func TestDeliveryLoopAbandoned(t *testing.T) {
 		}
 	})
 }
+
+// A failed write waits for the reader to have the last word, but not for ever.
+func TestAttentiveConn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for _, closed := range []time.Duration{0, lastWords / 2, 2 * lastWords} {
+			near, far := net.Pipe()
+			far.Close()
+			c := &attentiveConn{Conn: near, closed: make(chan struct{})}
+			start := time.Now()
+			time.AfterFunc(closed, func() { c.Close() })
+			if n, err := c.Write([]byte("x")); n != 0 || err == nil || time.Since(start) != min(closed, lastWords) {
+				t.Errorf("closed after %v: %d, %v after %v", closed, n, err, time.Since(start))
+			}
+			time.Sleep(2 * lastWords)
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
