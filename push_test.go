@@ -604,6 +604,13 @@ func TestUnservedContentTypes(t *testing.T) {
 		if resp.StatusCode != http.StatusUnsupportedMediaType || resp.Header.Get("Accept-Post") != acceptPost {
 			t.Errorf("%q: status %d, Accept-Post %q", tt.contentType, resp.StatusCode, resp.Header.Get("Accept-Post"))
 		}
+		text, kind := string(resp.body), "text/plain; charset=utf-8"
+		if tt.grpcStatus != "" {
+			text, kind = resp.Header.Get("Grpc-Message")+string(resp.body)+"\n", "application/grpc"
+		}
+		if text != "this content type is not served here; Accept-Post lists those that are\n" || resp.Header.Get("Content-Type") != kind {
+			t.Errorf("%q: %q, Content-Type %q", tt.contentType, text, resp.Header.Get("Content-Type"))
+		}
 		if got := resp.Header.Get("Grpc-Status"); got != tt.grpcStatus {
 			t.Errorf("%q: grpc-status %q, want %q", tt.contentType, got, tt.grpcStatus)
 		}
