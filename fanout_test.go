@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -1004,4 +1005,72 @@ func TestAttentiveConn(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Each attempt says how much of the client's own time is left, and nothing where the client set none.
+func TestRemainingTime(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if n%2 == 1 {
+			w.WriteHeader(503)
+			return
+		}
+		accept(w, r)
+	})
+	relay := start(t, "-min-backoff-period", "20ms", "-max-backoff-period", "20ms", "-upstream", upstream.URL)
+	c := newClient(t, "HTTP/1.1")
+	header := []string{"Content-Type", "application/proto"}
+	post(t, c, relay.url(pushPath), nil, header...)
+	post(t, c, relay.url(pushPath), nil, append(header, "Connect-Timeout-Ms", "8000")...)
+	var left []int
+	for _, r := range upstream.requests() {
+		n, _ := strconv.Atoi(r.header.Get("Connect-Timeout-Ms"))
+		left = append(left, n)
+	}
+	if len(left) != 4 || left[0] != 0 || left[1] != 0 || left[2] > 8000 || left[3] > left[2]-20 || left[3] <= 0 {
+		t.Errorf("Connect-Timeout-Ms of the attempts: %v", left)
+	}
+}
+
+// What is set for an upstream goes there in the place of what the client sent, and nowhere else.
+func TestHeadersOfAnUpstream(t *testing.T) {
+	t.Parallel()
+	own, other := newPeer(t, nil), newPeer(t, nil)
+	relay := start(t, "-upstream", own.URL+",header=x-scope-orgid: own,header=X-More: a,header=X-More: b,header=Host: virtual.example", "-upstream", other.URL)
+	eachPath(t, func(t *testing.T, path string) {
+		post(t, newClient(t, "h2c"), relay.url(path), nil, "Content-Type", "application/json", "X-Scope-OrgID", "client", "X-More", "client")
+		got := own.requests()[len(own.requests())-1]
+		if h := got.header; !slices.Equal(h["X-Scope-Orgid"], []string{"own"}) || !slices.Equal(h["X-More"], []string{"a", "b"}) || got.host != "virtual.example" {
+			t.Errorf("own headers: %v, host %s", h, got.host)
+		}
+		got = other.requests()[len(other.requests())-1]
+		if h := got.header; !slices.Equal(h["X-Scope-Orgid"], []string{"client"}) || h["X-More"] != nil || "http://"+got.host != other.URL {
+			t.Errorf("the other's headers: %v, host %s", h, got.host)
+		}
+	})
+}
+
+// eachPath runs a test for both routes.
+func eachPath(t *testing.T, test func(t *testing.T, path string)) {
+	for _, path := range []string{ingestPath, pushPath} {
+		t.Run(path, func(t *testing.T) { test(t, path) })
+	}
+}
+
+// Lines for each request and attempt are for debugging alone.
+func TestRequestLines(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { w.WriteHeader(503) })
+	for level, want := range map[string]int{"info": 0, "debug": 4} {
+		relay := start(t, fastRetries("-upstream", upstream.URL+",name=u", "-log-level", level)...)
+		post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest?name=secret"), nil)
+		relay.stop(t)
+		log := relay.stderr.String()
+		if n := strings.Count(log, "msg=request ") + strings.Count(log, `msg="attempt failed" upstream=u `); n != want {
+			t.Errorf("%s: %d lines, want %d:\n%s", level, n, want, log)
+		}
+		if strings.Contains(log, "secret") {
+			t.Errorf("%s: the query is in the log", level)
+		}
+	}
 }

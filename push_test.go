@@ -302,6 +302,9 @@ func TestPushSpeaksEveryProtocol(t *testing.T) {
 				t.Run(fmt.Sprintf("%s zipped=%v", d.contentType, zipped), func(t *testing.T) {
 					t.Parallel()
 					for i, s := range scenarios {
+						if i > 0 && strings.HasSuffix(d.contentType, "+proto") {
+							break // another name for what is tested already
+						}
 						tenant := fmt.Sprintf("tenant-%d", tenants.Add(1))
 						d.playScenario(t, c, relay, upstream, s, i, zipped, tenant)
 					}
