@@ -872,3 +872,15 @@ func FuzzPushRequest(f *testing.F) {
 		}
 	})
 }
+
+// On a gRPC request the headers of Connect mean nothing, and none of them goes upstream as if it did.
+func TestConnectHeadersOnGRPC(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, nil)
+	relay := start(t, "-upstream", upstream.URL)
+	v := dialects()[2].call(t, newClient(t, "HTTP/1.1"), relay.url(pushPath), []byte("x"), false,
+		"Connect-Timeout-Ms", "0", "Content-Encoding", "br", "Connect-Protocol-Version", "2")
+	if h := upstream.one(t).header; v.code != codeOK || h["Connect-Timeout-Ms"] != nil || h["Content-Encoding"] != nil || h.Get("Connect-Protocol-Version") != "1" {
+		t.Errorf("%v, upstream saw %v", v.code, h)
+	}
+}
