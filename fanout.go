@@ -227,6 +227,9 @@ func (r *retryPolicy) delay(n int, retryAfter time.Duration, random float64) tim
 // parseRetryAfter reads a Retry-After value (RFC 9110, section 10.2.3: seconds or a date); false if there is none, or
 // none that makes sense. The result is never negative; one beyond what time.Duration holds is as long as that.
 func parseRetryAfter(value string, now time.Time) (time.Duration, bool) {
+	if value == "" {
+		return 0, false
+	}
 	n, err := strconv.ParseUint(value, 10, 64)
 	if err == nil && n <= uint64(math.MaxInt64/time.Second) {
 		return time.Duration(n) * time.Second, true
@@ -277,12 +280,12 @@ func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
 	}
 	wait, sane := parseRetryAfter(a.retryAfter, time.Now())
 	out := outcome{status: a.status, wait: wait}
-	words, own := a.words(p.route)
-	out.verdict = a.verdict(p, r, own)
-	if out.verdict == accepted {
+	if out.verdict = a.verdict(p, r, codeOK); out.verdict == accepted {
 		out.reply = reply{body: a.body, encoding: a.encoding}
 		return out
 	}
+	words, own := a.words(p.route)
+	out.verdict = a.verdict(p, r, own)
 	limited := a.status == http.StatusTooManyRequests // for the client to retry, even where the relay does not
 	out.fault = &fault{
 		status: ingestStatus(a.status), code: pushCode(a.status, own), public: words, transient: out.verdict != refused || limited,

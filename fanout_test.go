@@ -12,8 +12,10 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -151,11 +153,11 @@ func TestHostileUpstreams(t *testing.T) {
 func TestSlowUpstreams(t *testing.T) {
 	t.Parallel()
 	const small = smallProfile
-	testHostility(t, []string{"-remote-timeout", "150ms"}, []hostility{
+	testHostility(t, []string{"-remote-timeout", "500ms"}, []hostility{
 		{"dripping answer", repeat("HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", "x", 20*time.Millisecond), small, 504, 2, "no answer in time"},
 		{"dripping chunks", repeat("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\nx\r\n", 20*time.Millisecond), small, 504, 2, "no answer in time"},
 		{"dripping head", repeat("HTTP/1.1 200 OK\r\nX: ", "x", 20*time.Millisecond), small, 504, 2, "no answer in time"},
-		{"dripping refusal", repeat("HTTP/1.1 403 No\r\nContent-Length: 9999\r\n\r\n", "x", 20*time.Millisecond), small, 403, 1, "xxx"},
+		{"dripping refusal", repeat("HTTP/1.1 403 No\r\nContent-Length: 9999\r\n\r\n", "x", 20*time.Millisecond), small, 403, 1, ""},
 		{"silence", speak(small, ""), small, 504, 2, "no answer in time"},
 		{"never reads", func(c net.Conn, br *bufio.Reader) { time.Sleep(patience) }, largeProfile, 504, 2, "no answer in time"},
 	})
@@ -198,7 +200,8 @@ func (h *hostility) test(t *testing.T, client *http.Client, relay *program, bad 
 	if resp.StatusCode != h.status || h.status != 200 && !strings.HasPrefix(string(body), "u: "+h.says) {
 		t.Errorf("%s: %d %.90q, want %d %.90q", h.name, resp.StatusCode, body, h.status, h.says)
 	}
-	if n := bad.heads(h.name); n != h.attempts {
+	// On a busy machine an attempt may end before the upstream has seen it.
+	if n := bad.heads(h.name); n > h.attempts || n < h.attempts && h.status != http.StatusGatewayTimeout {
 		t.Errorf("%s: %d attempts, want %d", h.name, n, h.attempts)
 	}
 	if n := len(good.of(h.name)); n != 1 {
@@ -259,58 +262,49 @@ func TestUpstreamsSideBySide(t *testing.T) {
 // An upstream that restarts leaves dead connections in the pool; they must not cost a client its profile.
 func TestRestartedUpstream(t *testing.T) {
 	t.Parallel()
-	addr, mux := "127.0.0.1:0", http.NewServeMux()
-	mux.HandleFunc("/ingest", func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body) })
-	serve := func() *http.Server {
-		l, err := net.Listen("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr = l.Addr().String()
-		s := &http.Server{Handler: mux}
-		go s.Serve(l)
-		return s
-	}
-	s := serve()
-	relay := start(t, "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-upstream", "http://"+addr+",name=u")
+	upstream := newPeer(t, nil)
+	relay := start(t, "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-upstream", upstream.URL+",name=u")
 	client := newClient(t, "HTTP/1.1")
-	for range 3 {
+	for range 5 {
 		var all sync.WaitGroup
 		for range 4 { // connections in the pool
 			all.Go(func() {
 				resp, err := tryPost(t.Context(), client, relay.url("/ingest"), []byte("x"))
 				if err != nil {
 					t.Error(err)
-				} else if r := readAll(t, resp); r.StatusCode != http.StatusOK {
-					t.Errorf("%d %s", r.StatusCode, r.body)
+					return
+				}
+				resp.Body.Close()
+				if resp.StatusCode != http.StatusOK {
+					t.Error(resp.Status)
 				}
 			})
 		}
 		all.Wait()
-		s.Close()
-		s = serve()
+		upstream.CloseClientConnections()
 	}
-	s.Close()
-	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="u"}`, 12)
+	relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="u"}`, 20)
 }
 
 // Connections that have silently died in the pool cost one attempt, not one each: after a timeout the next attempt dials.
 func TestDeadPooledConnections(t *testing.T) {
 	t.Parallel()
 	const pooled = 3
-	var warm sync.WaitGroup
-	warm.Add(pooled)
+	var arrived atomic.Int32
+	allHere := make(chan struct{})
 	bad := newRawPeer(t, map[string]func(net.Conn, *bufio.Reader){
 		"warm": func(c net.Conn, br *bufio.Reader) {
-			warm.Done()
-			warm.Wait() // all at once, so that each has a connection of its own
+			if arrived.Add(1) == pooled {
+				close(allHere)
+			}
+			<-allHere // so that each has a connection of its own
 			io.CopyN(io.Discard, br, 1)
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 			io.Copy(io.Discard, br) // from here on it is dead
 		},
 		"cold": speak(1, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
 	})
-	relay := start(t, "-remote-timeout", "500ms", "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-max-backoff-retries", "1",
+	relay := start(t, "-remote-timeout", "1s", "-min-backoff-period", "5ms", "-max-backoff-period", "5ms", "-max-backoff-retries", "1",
 		"-upstream", "http://"+bad.addr+",name=u")
 	client := newClient(t, "HTTP/1.1")
 	var all sync.WaitGroup
@@ -319,16 +313,21 @@ func TestDeadPooledConnections(t *testing.T) {
 			resp, err := tryPost(t.Context(), client, relay.url("/ingest"), []byte("x"), "User-Agent", "warm")
 			if err != nil {
 				t.Error(err)
-			} else if r := readAll(t, resp); r.StatusCode != http.StatusOK {
-				t.Errorf("%d %s", r.StatusCode, r.body)
+				return
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK {
+				t.Error(resp.Status)
 			}
 		})
 	}
 	all.Wait()
+	const retries = `pyroscope_write_retries_total{endpoint="u"}`
+	before := relay.metric(t, retries)
 	if resp := post(t, client, relay.url("/ingest"), []byte("x"), "User-Agent", "cold"); resp.StatusCode != http.StatusOK {
 		t.Errorf("%d %s", resp.StatusCode, resp.body)
 	}
-	if n := relay.metric(t, `pyroscope_write_retries_total{endpoint="u"}`); n != 1 {
+	if n := relay.metric(t, retries) - before; n != 1 {
 		t.Errorf("%v retries, want 1", n)
 	}
 }
@@ -523,8 +522,11 @@ func TestAccounting(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			readAll(t, resp)
-			tryPost(t.Context(), clients[0], relay.url(pushPath), make([]byte, size), "Content-Type", "application/grpc") // refused, and counted nowhere
+			resp.Body.Close()
+			// Refused, and counted at no upstream.
+			if resp, err = tryPost(t.Context(), clients[0], relay.url(pushPath), make([]byte, size), "Content-Type", "application/grpc"); err == nil {
+				resp.Body.Close()
+			}
 		})
 	}
 	all.Wait()
@@ -983,4 +985,93 @@ func TestDeliveryLoopAbandoned(t *testing.T) {
 			t.Errorf("%v after %v", out, took)
 		}
 	})
+}
+
+// A failed write waits for the reader to have the last word, but not for ever.
+func TestAttentiveConn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for _, closed := range []time.Duration{0, lastWords / 2, 2 * lastWords} {
+			near, far := net.Pipe()
+			far.Close()
+			c := &attentiveConn{Conn: near, closed: make(chan struct{})}
+			start := time.Now()
+			time.AfterFunc(closed, func() { c.Close() })
+			if n, err := c.Write([]byte("x")); n != 0 || err == nil || time.Since(start) != min(closed, lastWords) {
+				t.Errorf("closed after %v: %d, %v after %v", closed, n, err, time.Since(start))
+			}
+			time.Sleep(2 * lastWords)
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// Each attempt says how much of the client's own time is left, and nothing where the client set none.
+func TestRemainingTime(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if n%2 == 1 {
+			w.WriteHeader(503)
+			return
+		}
+		accept(w, r)
+	})
+	relay := start(t, "-min-backoff-period", "20ms", "-max-backoff-period", "20ms", "-upstream", upstream.URL)
+	c := newClient(t, "HTTP/1.1")
+	header := []string{"Content-Type", "application/proto"}
+	post(t, c, relay.url(pushPath), nil, header...)
+	post(t, c, relay.url(pushPath), nil, append(header, "Connect-Timeout-Ms", "8000")...)
+	var left []int
+	for _, r := range upstream.requests() {
+		n, _ := strconv.Atoi(r.header.Get("Connect-Timeout-Ms"))
+		left = append(left, n)
+	}
+	if len(left) != 4 || left[0] != 0 || left[1] != 0 || left[2] > 8000 || left[3] > left[2]-20 || left[3] <= 0 {
+		t.Errorf("Connect-Timeout-Ms of the attempts: %v", left)
+	}
+}
+
+// What is set for an upstream goes there in the place of what the client sent, and nowhere else.
+func TestHeadersOfAnUpstream(t *testing.T) {
+	t.Parallel()
+	own, other := newPeer(t, nil), newPeer(t, nil)
+	relay := start(t, "-upstream", own.URL+",header=x-scope-orgid: own,header=X-More: a,header=X-More: b,header=Host: virtual.example", "-upstream", other.URL)
+	eachPath(t, func(t *testing.T, path string) {
+		post(t, newClient(t, "h2c"), relay.url(path), nil, "Content-Type", "application/json", "X-Scope-OrgID", "client", "X-More", "client")
+		got := own.requests()[len(own.requests())-1]
+		if h := got.header; !slices.Equal(h["X-Scope-Orgid"], []string{"own"}) || !slices.Equal(h["X-More"], []string{"a", "b"}) || got.host != "virtual.example" {
+			t.Errorf("own headers: %v, host %s", h, got.host)
+		}
+		got = other.requests()[len(other.requests())-1]
+		if h := got.header; !slices.Equal(h["X-Scope-Orgid"], []string{"client"}) || h["X-More"] != nil || "http://"+got.host != other.URL {
+			t.Errorf("the other's headers: %v, host %s", h, got.host)
+		}
+	})
+}
+
+// eachPath runs a test for both routes.
+func eachPath(t *testing.T, test func(t *testing.T, path string)) {
+	for _, path := range []string{ingestPath, pushPath} {
+		t.Run(path, func(t *testing.T) { test(t, path) })
+	}
+}
+
+// Lines for each request and attempt are for debugging alone.
+func TestRequestLines(t *testing.T) {
+	t.Parallel()
+	upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { w.WriteHeader(503) })
+	for level, want := range map[string]int{"info": 0, "debug": 4} {
+		relay := start(t, fastRetries("-upstream", upstream.URL+",name=u", "-log-level", level)...)
+		post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest?name=secret"), nil)
+		relay.stop(t)
+		log := relay.stderr.String()
+		if n := strings.Count(log, "msg=request ") + strings.Count(log, `msg="attempt failed" upstream=u `); n != want {
+			t.Errorf("%s: %d lines, want %d:\n%s", level, n, want, log)
+		}
+		if strings.Contains(log, "secret") {
+			t.Errorf("%s: the query is in the log", level)
+		}
+	}
 }

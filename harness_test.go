@@ -306,15 +306,23 @@ func (p *peer) one(t testing.TB) received {
 	return got[0]
 }
 
-// deadAddr is an address of 127.0.0.1 that refuses connections.
+// deadAddr is an address of 127.0.0.1 that refuses connections. Its port stays taken until the test ends, so that no
+// other test listens there.
 func deadAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	name, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "127.0.0.1:" + strconv.Itoa(name.(*syscall.SockaddrInet4).Port)
 }
 
 // blackHole is the address of a server that accepts connections and never reads or answers.

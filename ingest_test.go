@@ -193,6 +193,7 @@ func TestLogUpstream(t *testing.T) {
 	if resp := post(t, c, relay.url(pushPath), nil, "Content-Type", "application/proto"); resp.StatusCode != 200 || len(resp.body) != 0 {
 		t.Errorf("%d %q", resp.StatusCode, resp.body)
 	}
+	eventually(t, "all lines are there", func() bool { return strings.Count(relay.stderr.String(), "\n") >= 5 })
 	log := relay.stderr.String()
 	for _, line := range []string{
 		`msg=profile route=ingest query="name=a{b=c}&secret=1" content_type=text/plain bytes=3 sha256=ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad`,

@@ -232,7 +232,7 @@ func (c *call) accept(w http.ResponseWriter, re reply) string {
 }
 
 // refuse answers with the fault's code. gRPC and gRPC-Web take a status in the headers of an answer without a body
-// (Trailers-Only).
+// (Trailers-Only), also with a content type that is not served: HTTP says 415 then.
 func (c *call) refuse(w http.ResponseWriter, f *fault) string {
 	h := w.Header()
 	if f.retryAfter != "" {
@@ -241,17 +241,21 @@ func (c *call) refuse(w http.ResponseWriter, f *fault) string {
 	if c.protocol == connect {
 		return refuseConnect(w, f)
 	}
-	if c.protocol != unknownProtocol || strings.HasPrefix(c.contentType, "application/grpc") {
-		h.Set("Grpc-Status", strconv.Itoa(int(f.code)))
-		h.Set("Grpc-Message", encodeGRPCMessage(f.public))
-	}
-	if c.protocol == unknownProtocol {
+	if c.protocol == unknownProtocol && !strings.HasPrefix(c.contentType, "application/grpc") {
 		h.Set("Accept-Post", acceptPost)
 		writeText(w, f.status, f.public+"\n")
 		return strconv.Itoa(f.status)
 	}
 	h["Content-Type"] = []string{c.contentType}
 	h["Content-Length"] = []string{"0"}
+	h["Grpc-Status"] = []string{strconv.Itoa(int(f.code))}
+	h["Grpc-Message"] = []string{encodeGRPCMessage(f.public)}
+	if c.protocol == unknownProtocol {
+		h["Content-Type"] = []string{"application/grpc"} // or gRPC clients would look at the HTTP status alone
+		h.Set("Accept-Post", acceptPost)
+		w.WriteHeader(f.status)
+		return strconv.Itoa(f.status)
+	}
 	w.WriteHeader(http.StatusOK)
 	return "grpc-" + strconv.Itoa(int(f.code))
 }
