@@ -4,7 +4,8 @@ package main
 //
 // What is made of files is a source. It is made whole at start, where any fault is an error, and again whenever the
 // contents of its files change: the new value is swapped in by one atomic store, and on any fault the old one stays.
-// Messages name flags and options, never paths or contents: a secret may stand where a path should.
+// Messages name flags and options, never paths or contents: a secret may stand where a path should. Cipher suites and
+// curves are Go's choice: a list of ours would only grow old.
 
 import (
 	"bytes"
@@ -49,6 +50,7 @@ type input struct {
 	secret     bool
 }
 
+// given reports whether there is anything to read.
 func (in *input) given() bool { return in.file != "" || in.text != "" }
 
 // String is the flag or option as the user gave it.
@@ -172,7 +174,8 @@ func warnExposed(sources []*source, log *slog.Logger) {
 	}
 }
 
-// parsePair makes a certificate of its PEM and its key's.
+// parsePair makes a certificate of its PEM and its key's. It may hold intermediates after the first, which is the one the
+// key belongs to. The error says what does not fit, never what is in the files.
 func parsePair(cert, key *input, certPEM, keyPEM []byte) (tls.Certificate, error) {
 	pair, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
@@ -230,6 +233,7 @@ func parseAuthType(s string) (tls.ClientAuthType, error) {
 // A faultList collects all that is wrong with a set of options.
 type faultList []error
 
+// when adds a fault if something is wrong; the other arguments are those of [fmt.Errorf].
 func (f *faultList) when(wrong bool, format string, args ...any) {
 	if wrong {
 		*f = append(*f, fmt.Errorf(format, args...))
@@ -246,6 +250,7 @@ type serverTLS struct {
 	current           atomic.Pointer[tls.Config]
 }
 
+// newServerTLS returns the flags with their defaults.
 func newServerTLS() *serverTLS {
 	return &serverTLS{
 		cert: input{name: "-tls-cert"}, key: input{name: "-tls-key", secret: true}, ca: input{name: "-tls-client-ca"},
@@ -289,6 +294,7 @@ func (s *serverTLS) open() ([]*source, error) {
 	return openSources(&source{name: "server", inputs: []*input{&s.cert, &s.key, &s.ca}, apply: s.apply})
 }
 
+// apply makes what the next handshake uses. The three contents are those of certificate, key and CA.
 func (s *serverTLS) apply(contents [][]byte) error {
 	pair, err := parsePair(&s.cert, &s.key, contents[0], contents[1])
 	roots, caErr := parseCAs(&s.ca, contents[2])
@@ -365,6 +371,7 @@ type ownHeader struct {
 	hidden []string // what of it is secret, in each form it may be seen in
 }
 
+// newLink returns the options with their defaults.
 func newLink() *link {
 	return &link{
 		ca: input{name: "tls-ca"}, cert: input{name: "tls-cert"}, key: input{name: "tls-key", secret: true},
@@ -439,7 +446,7 @@ func (l *link) validate(u *url.URL, header http.Header) error {
 	return errors.Join(faults...)
 }
 
-// hasControl is for what must fit on one line of a header.
+// hasControl reports control characters: user and password must not have any (RFC 7617, section 2), and no header can.
 func hasControl(s string) bool {
 	return strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f })
 }
@@ -473,6 +480,8 @@ func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, er
 	return openSources(all...)
 }
 
+// applyTLS makes what the next connection uses. The three contents are those of CA, certificate and key. Connections that
+// are open are left to whoever set changed.
 func (l *link) applyTLS(contents [][]byte) (err error) {
 	c := &tls.Config{ServerName: l.serverName, MinVersion: l.minVersion, InsecureSkipVerify: l.skipVerify}
 	c.RootCAs, err = parseCAs(&l.ca, contents[0])
@@ -511,6 +520,7 @@ func (l *link) applyCredentials(contents [][]byte) error {
 	return nil
 }
 
+// authorize puts the value of Authorization into what every request carries; hidden are the secrets in it.
 func (l *link) authorize(authorization string, hidden ...string) {
 	header := l.fixed.Clone()
 	header["Authorization"] = []string{authorization}
