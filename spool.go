@@ -530,7 +530,6 @@ func (s *spool) makeRoom(bytes int64) bool {
 	for _, f := range dropped {
 		s.erase(f)
 		s.metrics.dropped(dropSpoolOldest, int(f.body))
-		s.pending.Add(-1)
 		s.trouble.log(s.log, slog.LevelWarn, "spool is full: its oldest profile was dropped", "upstream", s.upstream, "file", f.name())
 	}
 	return len(dropped) > 0
@@ -696,31 +695,36 @@ func (s *spool) try(ctx context.Context, f *spooled) {
 	s.poke()
 }
 
-// finish books the result of a trial.
+// finish books the result of a trial: first on disk, then in the queue.
 func (s *spool) finish(f *spooled, t trial, asked time.Duration) {
+	switch t {
+	case trialAccepted:
+		s.erase(f)
+		s.metrics.spool.replayed.Add(1)
+	case trialRefused:
+		s.reject(f)
+	case trialDamaged:
+		s.setAside(f, ".damaged")
+		s.metrics.spool.damaged.Add(1)
+		s.metrics.dropped(dropSpoolDamaged, int(f.body))
+	}
 	s.mu.Lock()
 	f.busy = false
 	s.busy, s.busyBytes = s.busy-1, s.busyBytes-f.size
 	condemned := s.judgeLocked(f, t, asked, time.Now())
 	s.mu.Unlock()
-	switch t {
-	case trialAccepted:
-		s.metrics.spool.replayed.Add(1)
-		s.erase(f)
-		s.pending.Add(-1)
-	case trialDamaged:
-		s.metrics.spool.damaged.Add(1)
-		s.metrics.dropped(dropSpoolDamaged, int(f.body))
-		s.setAside(f, ".damaged")
-	}
 	if condemned != nil {
-		s.metrics.spool.rejected.Add(1)
-		s.metrics.dropped(dropSpoolRejected, int(condemned.body))
-		s.setAside(condemned, "")
+		s.reject(condemned)
 	}
 }
 
-// judgeLocked sorts f back into the queue or out of it, and returns the file to set aside as rejected, if any.
+func (s *spool) reject(f *spooled) {
+	s.setAside(f, "")
+	s.metrics.spool.rejected.Add(1)
+	s.metrics.dropped(dropSpoolRejected, int(f.body))
+}
+
+// judgeLocked sorts f back into the queue or out of it, and returns the file that was found to be poison, if any.
 //
 // When a profile fails, the next one to be answered shows whose fault it was: if it is accepted, the first one's own;
 // if it fails too, the upstream's. A profile that is all alone gets no such test, and one that had it needs no other.
@@ -734,7 +738,7 @@ func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.T
 	case trialRefused:
 		s.removeLocked(f)
 		s.failures = 0
-		return f
+		return nil
 	case trialAccepted:
 		s.removeLocked(f)
 		s.failures, s.streak = 0, s.streak+1
@@ -818,6 +822,7 @@ func (s *spool) removeLocked(f *spooled) {
 	copy(s.files[1:i+1], s.files[:i])
 	s.files[0] = nil
 	s.files, s.bytes = s.files[1:], s.bytes-f.size
+	s.pending.Add(-1)
 	if s.suspect == f {
 		s.suspect = nil
 	}
@@ -825,7 +830,6 @@ func (s *spool) removeLocked(f *spooled) {
 
 // setAside moves a file out of the queue's way, into rejected/, whose oldest files make room for it.
 func (s *spool) setAside(f *spooled, suffix string) {
-	defer s.pending.Add(-1)
 	name := asideName + "/" + f.name() + suffix
 	most := s.max / asideShare
 	if f.size > most {
