@@ -349,12 +349,11 @@ func (s *spool) loadAside(root *os.Root) error {
 type spooled struct {
 	id, size, body int64 // nanoseconds since 1970, unique; bytes of the file, and of the body in it
 
-	busy     bool      // being sent
-	tries    int       // failures that may have been its own
-	poison   int       // those of them that count for poisonAnswers
-	poisoned bool      // the last one may count
-	proved   bool      // one was its own: another profile was accepted right after it
-	after    time.Time // not to be sent before
+	busy   bool      // being sent
+	tries  int       // failures that may have been its own
+	poison int       // those that count for poisonAnswers
+	proved bool      // one was its own: another profile was accepted after it
+	after  time.Time // not to be sent before
 }
 
 // name is the name of the file: names sort as their times do.
@@ -435,11 +434,12 @@ type spool struct {
 	stopping  bool
 	busy      int // files being sent
 	busyBytes int64
-	streak    int       // accepted since the upstream was last down
-	failures  int       // in a row
-	pause     time.Time // nothing is sent before
-	suspect   *spooled  // failed last; whether by its own fault, the next one will show
-	rounds    int       // times that the upstream was found down
+	streak    int        // accepted since the upstream was last down
+	failures  int        // in a row
+	pause     time.Time  // nothing is sent before
+	suspect   *spooled   // failed last; whether the upstream is at fault, the next one will show
+	failed    []*spooled // all that failed since one was accepted, but for those known for it
+	rounds    int        // times that the upstream was found down
 }
 
 // waiting tells whether profiles must go through the spool, behind those that are there.
@@ -711,10 +711,10 @@ func (s *spool) finish(f *spooled, t trial, asked time.Duration) {
 	s.mu.Lock()
 	f.busy = false
 	s.busy, s.busyBytes = s.busy-1, s.busyBytes-f.size
-	condemned := s.judgeLocked(f, t, asked, time.Now())
+	poison := s.judgeLocked(f, t, asked, time.Now())
 	s.mu.Unlock()
-	if condemned != nil {
-		s.reject(condemned)
+	if poison {
+		s.reject(f)
 	}
 }
 
@@ -724,45 +724,56 @@ func (s *spool) reject(f *spooled) {
 	s.metrics.dropped(dropSpoolRejected, int(f.body))
 }
 
-// judgeLocked sorts f back into the queue or out of it, and returns the file that was found to be poison, if any.
+// judgeLocked sorts f back into the queue or out of it, and tells whether it was found to be poison.
 //
-// When a profile fails, the next one to be answered shows whose fault it was: if it is accepted, the first one's own;
-// if it fails too, the upstream's. A profile that is all alone gets no such test, and one that had it needs no other.
-func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.Time) (condemned *spooled) {
+// When a profile fails, the next one shows whether its upstream was at fault: it is, if that one fails too. Whatever
+// failed before another was accepted was at fault itself, and its failures say no more about the upstream. A profile
+// that is all alone gets no such test.
+func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.Time) (poison bool) {
 	switch t {
 	case trialCut:
-		return nil
+		return false
 	case trialDamaged:
 		s.removeLocked(f)
-		return nil
+		return false
 	case trialRefused:
 		s.removeLocked(f)
 		s.failures = 0
-		return nil
+		return false
 	case trialAccepted:
 		s.removeLocked(f)
-		s.failures, s.streak = 0, s.streak+1
-		return s.convictLocked()
+		s.acceptedLocked()
+		return false
 	case trialDown:
-		s.suspect = nil
 		s.restLocked(asked, now)
-		return nil
+		return false
 	}
-	f.poisoned = t == trialPoison
 	f.after = now.Add(s.to.patience(f.tries, asked, 0))
 	f.tries++
 	switch {
 	case f.proved && s.failures > 0:
-		return nil
+		return false
 	case f.proved || s.aloneLocked(f):
-		return s.countLocked(f)
-	case s.suspect == nil || s.suspect == f:
-		s.suspect = f
-		return nil
+		return t == trialPoison && s.countLocked(f)
 	}
-	s.suspect = nil
+	if !slices.Contains(s.failed, f) {
+		s.failed = append(s.failed, f)
+	}
+	if s.suspect == nil || s.suspect == f {
+		s.suspect = f
+		return false
+	}
 	s.restLocked(asked, now)
-	return nil
+	return false
+}
+
+// acceptedLocked notes that the upstream is up.
+func (s *spool) acceptedLocked() {
+	for _, f := range s.failed {
+		f.proved = true
+	}
+	s.failed, s.suspect = nil, nil
+	s.failures, s.streak = 0, s.streak+1
 }
 
 // aloneLocked tells whether there is no other profile that could show whether f or the upstream is at fault.
@@ -770,34 +781,20 @@ func (s *spool) aloneLocked(f *spooled) bool {
 	return !slices.ContainsFunc(s.files, func(other *spooled) bool { return other != f && !other.proved })
 }
 
-// convictLocked holds its failure against the suspect, if there is one.
-func (s *spool) convictLocked() *spooled {
-	f := s.suspect
-	s.suspect = nil
-	if f == nil {
-		return nil
-	}
-	f.proved = true
-	return s.countLocked(f)
-}
-
-// countLocked counts f's last failure if it is one that counts. After too many of them f is out of the queue, and
-// returned.
-func (s *spool) countLocked(f *spooled) *spooled {
-	if f.poisoned {
-		f.poison++
-	}
+// countLocked counts a failure of f that was its own. After too many of them f is out of the queue.
+func (s *spool) countLocked(f *spooled) bool {
+	f.poison++
 	if f.poison < poisonAnswers {
-		return nil
+		return false
 	}
 	s.removeLocked(f)
-	return f
+	return true
 }
 
 // restLocked leaves the upstream alone for a while, longer each time until it accepts something. What fails while it
 // is being left alone does not count again.
 func (s *spool) restLocked(asked time.Duration, now time.Time) {
-	s.streak = 0
+	s.suspect, s.streak = nil, 0
 	if now.Before(s.pause) {
 		return
 	}
