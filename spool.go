@@ -474,8 +474,8 @@ func (s *spool) store(ctx context.Context, p *payload) error {
 		return err
 	}
 	err = s.write(f, head, p.body)
-	for isFull(err) && s.dropOldest && s.makeRoom(f.size) {
-		err = s.write(f, head, p.body)
+	if isFull(err) && s.dropOldest && s.makeRoom(f.size) {
+		err = s.write(f, head, p.body) // once: if others fill the disk, dropping more is of no use
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
