@@ -1109,6 +1109,9 @@ func TestReplayAfterAnOutage(t *testing.T) {
 			if outage == trialDown && !slices.Equal(took, numbered(20)) {
 				t.Errorf("order: %v", took)
 			}
+			if s.streak != 20 || s.failures != 0 {
+				t.Errorf("%d in a row, after %d failures", s.streak, s.failures)
+			}
 			if slices.Sort(took); tries > 60 {
 				t.Errorf("asked %d times in 20 minutes of outage", tries)
 			}
