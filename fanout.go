@@ -835,8 +835,8 @@ type fanout struct {
 }
 
 // send offers p to every upstream and returns when every required one has accepted it, or has it in its spool, or has
-// failed for good, or p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own is given up, all
-// else is delivered all the same. The caller keeps its own hold on p.
+// failed for good, or p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own
+// is given up, all else is delivered all the same. The caller keeps its own hold on p.
 func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
 	f.mirror(ctx, p)
 	if !p.timed {

@@ -349,12 +349,11 @@ func (s *spool) loadAside(root *os.Root) error {
 type spooled struct {
 	id, size, body int64 // nanoseconds since 1970, unique; bytes of the file, and of the body in it
 
-	busy     bool      // being sent
-	tries    int       // failures that may have been its own
-	poison   int       // those of them that count for poisonAnswers
-	poisoned bool      // the last one may count
-	proved   bool      // one was its own: another profile was accepted right after it
-	after    time.Time // not to be sent before
+	busy   bool      // being sent
+	tries  int       // failures that may have been its own
+	poison int       // those that count for poisonAnswers
+	proved bool      // one was its own: another profile was accepted after it
+	after  time.Time // not to be sent before
 }
 
 // name is the name of the file: names sort as their times do.
@@ -435,11 +434,12 @@ type spool struct {
 	stopping  bool
 	busy      int // files being sent
 	busyBytes int64
-	streak    int       // accepted since the upstream was last down
-	failures  int       // in a row
-	pause     time.Time // nothing is sent before
-	suspect   *spooled  // failed last; whether by its own fault, the next one will show
-	rounds    int       // times that the upstream was found down
+	streak    int        // accepted since the upstream was last down
+	failures  int        // in a row
+	pause     time.Time  // nothing is sent before
+	suspect   *spooled   // failed last; whether the upstream is at fault, the next one will show
+	failed    []*spooled // all that failed since one was accepted, but for those known for it
+	rounds    int        // times that the upstream was found down
 }
 
 // waiting tells whether profiles must go through the spool, behind those that are there.
@@ -474,8 +474,8 @@ func (s *spool) store(ctx context.Context, p *payload) error {
 		return err
 	}
 	err = s.write(f, head, p.body)
-	for isFull(err) && s.dropOldest && s.makeRoom(f.size) {
-		err = s.write(f, head, p.body)
+	if isFull(err) && s.dropOldest && s.makeRoom(f.size) {
+		err = s.write(f, head, p.body) // once: if others fill the disk, dropping more is of no use
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -530,7 +530,6 @@ func (s *spool) makeRoom(bytes int64) bool {
 	for _, f := range dropped {
 		s.erase(f)
 		s.metrics.dropped(dropSpoolOldest, int(f.body))
-		s.pending.Add(-1)
 		s.trouble.log(s.log, slog.LevelWarn, "spool is full: its oldest profile was dropped", "upstream", s.upstream, "file", f.name())
 	}
 	return len(dropped) > 0
@@ -696,69 +695,85 @@ func (s *spool) try(ctx context.Context, f *spooled) {
 	s.poke()
 }
 
-// finish books the result of a trial.
+// finish books the result of a trial: first on disk, then in the queue.
 func (s *spool) finish(f *spooled, t trial, asked time.Duration) {
+	switch t {
+	case trialAccepted:
+		s.erase(f)
+		s.metrics.spool.replayed.Add(1)
+	case trialRefused:
+		s.reject(f)
+	case trialDamaged:
+		s.setAside(f, ".damaged")
+		s.metrics.spool.damaged.Add(1)
+		s.metrics.dropped(dropSpoolDamaged, int(f.body))
+	}
 	s.mu.Lock()
 	f.busy = false
 	s.busy, s.busyBytes = s.busy-1, s.busyBytes-f.size
-	condemned := s.judgeLocked(f, t, asked, time.Now())
+	poison := s.judgeLocked(f, t, asked, time.Now())
 	s.mu.Unlock()
-	switch t {
-	case trialAccepted:
-		s.metrics.spool.replayed.Add(1)
-		s.erase(f)
-		s.pending.Add(-1)
-	case trialDamaged:
-		s.metrics.spool.damaged.Add(1)
-		s.metrics.dropped(dropSpoolDamaged, int(f.body))
-		s.setAside(f, ".damaged")
-	}
-	if condemned != nil {
-		s.metrics.spool.rejected.Add(1)
-		s.metrics.dropped(dropSpoolRejected, int(condemned.body))
-		s.setAside(condemned, "")
+	if poison {
+		s.reject(f)
 	}
 }
 
-// judgeLocked sorts f back into the queue or out of it, and returns the file to set aside as rejected, if any.
+func (s *spool) reject(f *spooled) {
+	s.setAside(f, "")
+	s.metrics.spool.rejected.Add(1)
+	s.metrics.dropped(dropSpoolRejected, int(f.body))
+}
+
+// judgeLocked sorts f back into the queue or out of it, and tells whether it was found to be poison.
 //
-// When a profile fails, the next one to be answered shows whose fault it was: if it is accepted, the first one's own;
-// if it fails too, the upstream's. A profile that is all alone gets no such test, and one that had it needs no other.
-func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.Time) (condemned *spooled) {
+// When a profile fails, the next one shows whether its upstream was at fault: it is, if that one fails too. Whatever
+// failed before another was accepted was at fault itself, and its failures say no more about the upstream. A profile
+// that is all alone gets no such test.
+func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.Time) (poison bool) {
 	switch t {
 	case trialCut:
-		return nil
+		return false
 	case trialDamaged:
 		s.removeLocked(f)
-		return nil
+		return false
 	case trialRefused:
 		s.removeLocked(f)
 		s.failures = 0
-		return f
+		return false
 	case trialAccepted:
 		s.removeLocked(f)
-		s.failures, s.streak = 0, s.streak+1
-		return s.convictLocked()
+		s.acceptedLocked()
+		return false
 	case trialDown:
-		s.suspect = nil
 		s.restLocked(asked, now)
-		return nil
+		return false
 	}
-	f.poisoned = t == trialPoison
 	f.after = now.Add(s.to.patience(f.tries, asked, 0))
 	f.tries++
 	switch {
 	case f.proved && s.failures > 0:
-		return nil
+		return false
 	case f.proved || s.aloneLocked(f):
-		return s.countLocked(f)
-	case s.suspect == nil || s.suspect == f:
-		s.suspect = f
-		return nil
+		return t == trialPoison && s.countLocked(f)
 	}
-	s.suspect = nil
+	if !slices.Contains(s.failed, f) {
+		s.failed = append(s.failed, f)
+	}
+	if s.suspect == nil || s.suspect == f {
+		s.suspect = f
+		return false
+	}
 	s.restLocked(asked, now)
-	return nil
+	return false
+}
+
+// acceptedLocked notes that the upstream is up.
+func (s *spool) acceptedLocked() {
+	for _, f := range s.failed {
+		f.proved = true
+	}
+	s.failed, s.suspect = nil, nil
+	s.failures, s.streak = 0, s.streak+1
 }
 
 // aloneLocked tells whether there is no other profile that could show whether f or the upstream is at fault.
@@ -766,34 +781,20 @@ func (s *spool) aloneLocked(f *spooled) bool {
 	return !slices.ContainsFunc(s.files, func(other *spooled) bool { return other != f && !other.proved })
 }
 
-// convictLocked holds its failure against the suspect, if there is one.
-func (s *spool) convictLocked() *spooled {
-	f := s.suspect
-	s.suspect = nil
-	if f == nil {
-		return nil
-	}
-	f.proved = true
-	return s.countLocked(f)
-}
-
-// countLocked counts f's last failure if it is one that counts. After too many of them f is out of the queue, and
-// returned.
-func (s *spool) countLocked(f *spooled) *spooled {
-	if f.poisoned {
-		f.poison++
-	}
+// countLocked counts a failure of f that was its own. After too many of them f is out of the queue.
+func (s *spool) countLocked(f *spooled) bool {
+	f.poison++
 	if f.poison < poisonAnswers {
-		return nil
+		return false
 	}
 	s.removeLocked(f)
-	return f
+	return true
 }
 
 // restLocked leaves the upstream alone for a while, longer each time until it accepts something. What fails while it
 // is being left alone does not count again.
 func (s *spool) restLocked(asked time.Duration, now time.Time) {
-	s.streak = 0
+	s.suspect, s.streak = nil, 0
 	if now.Before(s.pause) {
 		return
 	}
@@ -818,6 +819,7 @@ func (s *spool) removeLocked(f *spooled) {
 	copy(s.files[1:i+1], s.files[:i])
 	s.files[0] = nil
 	s.files, s.bytes = s.files[1:], s.bytes-f.size
+	s.pending.Add(-1)
 	if s.suspect == f {
 		s.suspect = nil
 	}
@@ -825,7 +827,6 @@ func (s *spool) removeLocked(f *spooled) {
 
 // setAside moves a file out of the queue's way, into rejected/, whose oldest files make room for it.
 func (s *spool) setAside(f *spooled, suffix string) {
-	defer s.pending.Add(-1)
 	name := asideName + "/" + f.name() + suffix
 	most := s.max / asideShare
 	if f.size > most {

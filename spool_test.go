@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -93,13 +94,13 @@ func droppedFor(reason string) string {
 // checkBooks fails unless everything accepted or found at start is sent, dropped or in the spool.
 func checkBooks(t testing.TB, p *program, acceptedAndFound int) {
 	t.Helper()
-	sum := p.metric(t, endpoint("pyroscope_write_sent_requests_total")) + p.metric(t, endpoint("pyroscope_relay_spool_files"))
-	for _, reason := range dropReasons() {
-		sum += p.metric(t, droppedFor(reason))
-	}
-	if int(sum) != acceptedAndFound {
-		t.Errorf("sent + dropped + spooled = %v, want %d", sum, acceptedAndFound)
-	}
+	eventually(t, fmt.Sprintf("sent + dropped + spooled is %d", acceptedAndFound), func() bool {
+		sum := p.metric(t, endpoint("pyroscope_write_sent_requests_total")) + p.metric(t, endpoint("pyroscope_relay_spool_files"))
+		for _, reason := range dropReasons() {
+			sum += p.metric(t, droppedFor(reason))
+		}
+		return int(sum) == acceptedAndFound
+	})
 }
 
 func TestSpoolDeliversLaterWhatWasAnswered200(t *testing.T) {
@@ -613,6 +614,44 @@ func TestSpoolTakesRequestsInFlightAtShutdown(t *testing.T) {
 	}
 }
 
+// A profile that is being replayed at SIGTERM is not cut off: it would be sent again after the restart.
+func TestSpoolFinishesReplayAtShutdown(t *testing.T) {
+	t.Parallel()
+	called, release := make(chan struct{}), make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		if n == 1 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		close(called)
+		<-release
+	})
+	dir := t.TempDir()
+	relay := start(t, spoolFlags(dir, up.URL)...)
+	post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), []byte("x"))
+	<-called
+	relay.signal(t, syscall.SIGTERM)
+	eventually(t, "it is stopping", func() bool { return strings.Contains(relay.stderr.String(), "msg=stopping") })
+	time.AfterFunc(100*time.Millisecond, func() { close(release) }) // enough to end if it did not wait
+	if code := relay.wait(t); code != exitOK {
+		t.Errorf("exit code %d", code)
+	}
+	if n := len(spoolFiles(t, dir, "up")); n != 0 {
+		t.Errorf("%d files are left", n)
+	}
+}
+
+// With a spool there is one attempt in a client's time.
+func TestSpoolDoesNotRetryWhileTheClientWaits(t *testing.T) {
+	t.Parallel()
+	up := newFlaky(t, 503)
+	relay := start(t, "-spool-dir", t.TempDir(), "-upstream", up.URL+",name=up", "-min-backoff-period", "6s")
+	resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), []byte("x"))
+	if n := up.seen.Load(); n != 1 || resp.StatusCode != http.StatusOK {
+		t.Errorf("%d attempts, status %d", n, resp.StatusCode)
+	}
+}
+
 // A client's own deadline leaves time for the disk.
 func TestSpoolWithinTheClientsDeadline(t *testing.T) {
 	t.Parallel()
@@ -871,6 +910,81 @@ func TestSpoolDropsOldestWhenTheDiskIsFull(t *testing.T) {
 	}
 }
 
+// Those who write at the same time share one limit.
+func TestSpoolLimitHoldsForWritersTogether(t *testing.T) {
+	t.Parallel()
+	size := int64(len(spoolHead(testPayload(""))))
+	s := openTestSpool(t, t.TempDir(), 3*size, false)
+	var writers sync.WaitGroup
+	for range 40 {
+		writers.Go(func() {
+			if err := s.add(t.Context(), testPayload("")); err != nil && !errors.Is(err, errSpoolFull) {
+				t.Error(err)
+			}
+		})
+	}
+	writers.Wait()
+	if n := len(s.files); n != 3 || s.bytes != 3*size || s.pending.Load() != 3 {
+		t.Errorf("%d files, %d bytes, pending %d", n, s.bytes, s.pending.Load())
+	}
+	s.suspect = s.files[0]
+	if !s.makeRoom(2*size) || len(s.files) != 1 || s.suspect != nil {
+		t.Errorf("%d files are left, suspect %v", len(s.files), s.suspect)
+	}
+	if full := openTestSpool(t, t.TempDir(), size-1, true); !errors.Is(full.add(t.Context(), testPayload("")), errSpoolFull) {
+		t.Error("a byte too much was taken")
+	}
+}
+
+// Who waits for a writer's place gives up with the client.
+func TestSpoolWritersWaitNoLongerThanClients(t *testing.T) {
+	t.Parallel()
+	s := openTestSpool(t, t.TempDir(), 1<<20, false)
+	s.writers = nil
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.add(ctx, testPayload("")); !errors.Is(err, context.Canceled) || s.waiting() {
+		t.Errorf("%v, waiting %v", err, s.waiting())
+	}
+}
+
+// Whose fault an answer may be.
+func TestTrialOfAnOutcome(t *testing.T) {
+	t.Parallel()
+	retry := &retryPolicy{on429: true, on422: true}
+	dial := &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
+	for _, test := range []struct {
+		route  routeID
+		answer answer
+		err    error
+		want   trial
+	}{
+		{routeIngest, answer{status: 204}, nil, trialAccepted},
+		{routeIngest, answer{status: 400}, nil, trialRefused},
+		{routeIngest, answer{status: 302}, nil, trialDown},
+		{routePush, answer{status: 202}, nil, trialDown},
+		{routeIngest, answer{status: 429}, nil, trialDown},
+		{routeIngest, answer{status: 503}, nil, trialDown},
+		{routeIngest, answer{}, dial, trialDown},
+		{routeIngest, answer{}, io.ErrUnexpectedEOF, trialDoubtful},
+		{routeIngest, answer{}, context.DeadlineExceeded, trialDoubtful},
+		{routeIngest, answer{status: 502}, nil, trialDoubtful},
+		{routeIngest, answer{status: 504}, nil, trialDoubtful},
+		{routeIngest, answer{status: 500}, nil, trialPoison},
+		{routeIngest, answer{status: 422}, nil, trialPoison},
+		{routePush, answer{status: 500}, nil, trialPoison},
+		{routePush, answer{status: 599, mediaType: "application/json", body: []byte(`{"code":"unknown"}`)}, nil, trialPoison},
+		{routePush, answer{status: 599, mediaType: "application/json", body: []byte(`{"code":"internal"}`)}, nil, trialPoison},
+		{routePush, answer{status: 409, mediaType: "application/json", body: []byte(`{"code":"aborted"}`)}, nil, trialDoubtful},
+	} {
+		p := &payload{route: test.route, header: http.Header{"Content-Type": {"application/proto"}}}
+		out := judge(p, &test.answer, test.err, retry)
+		if got := out.trial(test.route); got != test.want {
+			t.Errorf("%v %d %v: trial %d, want %d", test.route, test.answer.status, test.err, got, test.want)
+		}
+	}
+}
+
 // rejected/ holds a tenth of the cap: its oldest make room, and what is larger than all of it is not kept.
 func TestSpoolRejectedIsLimited(t *testing.T) {
 	t.Parallel()
@@ -995,6 +1109,9 @@ func TestReplayAfterAnOutage(t *testing.T) {
 			if outage == trialDown && !slices.Equal(took, numbered(20)) {
 				t.Errorf("order: %v", took)
 			}
+			if s.streak != 20 || s.failures != 0 {
+				t.Errorf("%d in a row, after %d failures", s.streak, s.failures)
+			}
 			if slices.Sort(took); tries > 60 {
 				t.Errorf("asked %d times in 20 minutes of outage", tries)
 			}
@@ -1030,6 +1147,22 @@ func TestReplayAroundPoison(t *testing.T) {
 	}
 	if n := s.metrics.spool.rejected.Value(); n+int64(len(s.files)) != 4 || n == 0 {
 		t.Errorf("%d set aside, %d left", n, len(s.files))
+	}
+}
+
+// An outage is not held against a profile that was poison before it.
+func TestReplayOfPoisonInAnOutage(t *testing.T) {
+	t.Parallel()
+	calls := 0
+	s, _ := runSpool(t, func(body string, since time.Duration) trial {
+		calls++
+		if calls == 1 || calls > 2 && since < 20*time.Minute {
+			return trialPoison
+		}
+		return trialAccepted
+	}, numbered(20)...)
+	if n := s.metrics.spool.replayed.Value(); n != 20 {
+		t.Errorf("%d of 20 arrived", n)
 	}
 }
 
