@@ -420,33 +420,46 @@ func (c *limitedConn) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.Conn.SetWriteDeadline(t))
 }
 
-// A budget is the room that bodies have in memory, in bytes. Requests wait for it in the order they came, so that a
-// large body is not passed over for ever by small ones. Safe for concurrent use.
+// A budget is the room that bodies have in memory, in bytes. Bodies wait for it in the order they came, so that a large
+// one is not passed over for ever by small ones; but first come those that have begun, as they hold room themselves.
+// Safe for concurrent use.
 type budget struct {
 	mu      sync.Mutex
 	free    int64
-	litter  int64     // bytes given back that the collector may not have found yet
+	used    int64
+	stuck   int64     // of used: held by those that wait for more
+	litter  int64     // given back, and perhaps not yet found by the collector
 	waiting list.List // of *claim
 	metrics *metrics
 	sweep   sync.Mutex // one collection at a time
 }
 
 type claim struct {
-	bytes   int64
-	granted chan struct{} // closed under budget.mu
+	bytes, held int64
+	granted     chan struct{} // closed under budget.mu
 }
 
-// take reserves n bytes, waiting for them until patience or ctx ends; false if they did not come free.
-func (b *budget) take(ctx context.Context, n int64, patience time.Duration) bool {
+// take reserves n bytes for a body that holds some already or none, waiting for them until patience or ctx ends; false
+// if they did not come free, or never would because everybody who holds room waits for more.
+func (b *budget) take(ctx context.Context, n, held int64, patience time.Duration) bool {
 	b.mu.Lock()
-	if n == 0 || b.free >= n && b.waiting.Len() == 0 {
-		b.free -= n
+	if n == 0 || b.free >= n && (held > 0 || b.waiting.Len() == 0) {
+		b.useLocked(n)
 		b.mu.Unlock()
-		b.metrics.inflightBytes.Add(n)
 		return true
 	}
-	c := &claim{n, make(chan struct{})}
-	place := b.waiting.PushBack(c)
+	if held > 0 && b.stuck+held == b.used {
+		b.mu.Unlock()
+		return false
+	}
+	c := &claim{n, held, make(chan struct{})}
+	b.stuck += held
+	var place *list.Element
+	if held > 0 {
+		place = b.waiting.PushFront(c)
+	} else {
+		place = b.waiting.PushBack(c)
+	}
 	b.mu.Unlock()
 	over := time.NewTimer(patience)
 	defer over.Stop()
@@ -462,18 +475,29 @@ func (b *budget) take(ctx context.Context, n int64, patience time.Duration) bool
 	case <-c.granted:
 		return true // just now
 	default:
-		b.waiting.Remove(place)
+		b.removeLocked(place)
 		b.grantLocked() // a smaller claim may have stood behind this one
 		return false
 	}
 }
 
+func (b *budget) useLocked(n int64) {
+	b.free -= n
+	b.used += n
+	b.metrics.inflightBytes.Add(n)
+}
+
+func (b *budget) removeLocked(place *list.Element) *claim {
+	c := b.waiting.Remove(place).(*claim)
+	b.stuck -= c.held
+	return c
+}
+
 // give returns n bytes.
 func (b *budget) give(n int64) {
-	b.metrics.inflightBytes.Add(-n)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.free += n
+	b.useLocked(-n)
 	b.litter += n
 	b.grantLocked()
 }
@@ -498,9 +522,8 @@ func (b *budget) tidy(left int64) {
 
 func (b *budget) grantLocked() {
 	for e := b.waiting.Front(); e != nil && e.Value.(*claim).bytes <= b.free; e = b.waiting.Front() {
-		c := b.waiting.Remove(e).(*claim)
-		b.free -= c.bytes
-		b.metrics.inflightBytes.Add(c.bytes)
+		c := b.removeLocked(e)
+		b.useLocked(c.bytes)
 		close(c.granted)
 	}
 }
@@ -821,7 +844,7 @@ func (g *gate) grow(r *http.Request, b *bodyBuffer, patience time.Duration) (tim
 		size = max(b.second, 2*b.charged)
 	}
 	size = min(size, b.limit)
-	if !g.room.take(r.Context(), size-b.charged, patience) {
+	if !g.room.take(r.Context(), size-b.charged, b.charged, patience) {
 		return 0, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
 			reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
 	}

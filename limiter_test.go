@@ -10,9 +10,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -1166,18 +1168,18 @@ func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMetrics()
 		b := &budget{free: 100, metrics: m}
-		if !b.take(t.Context(), 100, roomWait) || !b.take(t.Context(), 0, roomWait) {
+		if !b.take(t.Context(), 100, 0, roomWait) || !b.take(t.Context(), 0, 0, roomWait) {
 			t.Fatal("there was room")
 		}
 		start := time.Now()
-		if b.take(t.Context(), 1, roomWait) || time.Since(start) != roomWait {
+		if b.take(t.Context(), 1, 0, roomWait) || time.Since(start) != roomWait {
 			t.Fatalf("one past the limit: waited %v", time.Since(start))
 		}
 		gone, leave := context.WithCancel(t.Context())
 		large, small := make(chan bool, 1), make(chan bool, 1)
-		go func() { large <- b.take(gone, 60, time.Hour) }()
+		go func() { large <- b.take(gone, 60, 0, time.Hour) }()
 		synctest.Wait()
-		go func() { small <- b.take(t.Context(), 10, time.Hour) }()
+		go func() { small <- b.take(t.Context(), 10, 0, time.Hour) }()
 		synctest.Wait()
 		b.give(50)
 		synctest.Wait()
@@ -1190,6 +1192,37 @@ func TestBudget(t *testing.T) {
 		}
 		if b.give(10); m.inflightBytes.Value() != 50 || b.free != 50 {
 			t.Errorf("%v counted, %d free", m.inflightBytes, b.free)
+		}
+	})
+}
+
+// Bodies that have begun go before those that have not, and the one that would make all of them wait for ever gives up.
+func TestBudgetBreaksDeadlocks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := &budget{free: 100, metrics: newMetrics()}
+		b.take(t.Context(), 40, 0, 0)
+		b.take(t.Context(), 40, 0, 0)
+		fresh, begun := make(chan bool, 1), make(chan bool, 1)
+		go func() { fresh <- b.take(t.Context(), 30, 0, time.Hour) }()
+		synctest.Wait()
+		if !b.take(t.Context(), 10, 40, time.Hour) {
+			t.Fatal("there was room for one that has begun") // now 50 and 40
+		}
+		go func() { begun <- b.take(t.Context(), 40, 50, time.Hour) }()
+		synctest.Wait()
+		start := time.Now()
+		if b.take(t.Context(), 40, 40, time.Hour) || time.Since(start) != 0 {
+			t.Fatal("both wait for each other")
+		}
+		b.give(40)
+		synctest.Wait()
+		if len(begun) != 1 || len(fresh) != 0 {
+			t.Fatal("the one that had begun must go on, and the other wait")
+		}
+		b.give(90)
+		if !<-begun || !<-fresh || b.stuck != 0 || b.used != 30 || b.free != 70 {
+			t.Errorf("%d stuck, %d used, %d free", b.stuck, b.used, b.free)
 		}
 	})
 }
@@ -1234,7 +1267,7 @@ func TestReadTakesRoomAsItGoes(t *testing.T) {
 		{"declared, room one short", 1, 96 * kib, 96*kib - 1, trickle{end: io.EOF}, 0, 503, roomWait},
 		{"chunked", 1, -1, 1 << 20, trickle{[]string{piece}, 0, io.EOF}, 64 * kib, 0, 0},
 		{"chunked, a full buffer is not grown", 1, -1, 64 * kib, trickle{[]string{piece, piece[:16*kib]}, 0, io.EOF}, 64 * kib, 0, 0},
-		{"chunked, room runs out", 1, -1, 127 * kib, trickle{[]string{piece, piece}, time.Second, io.EOF}, 0, 503, 3*time.Second + roomWait},
+		{"chunked, room runs out", 1, -1, 127 * kib, trickle{[]string{piece, piece}, time.Second, io.EOF}, 0, 503, 3 * time.Second},
 		{"HTTP/2 declares much, sends little", 2, 1 << 20, 64 * kib, trickle{[]string{"p"}, 0, io.ErrUnexpectedEOF}, 0, 400, 0},
 		{"at the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20)}, 0, io.EOF}, 1 << 20, 0, 0},
 		{"past the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20), "p"}, 0, io.EOF}, 0, 413, 0},
@@ -1256,5 +1289,96 @@ func TestReadTakesRoomAsItGoes(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// The listener's user hears once for each thousand connections more.
+func TestConnectionPeaksAreTold(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		var told []int
+		l.grown = func(most int) { told = append(told, most) }
+		for range 2 {
+			var open []net.Conn
+			for range 2*connStep + 1 {
+				c, _ := acceptOne(t, p, l)
+				open = append(open, c)
+			}
+			for _, c := range open {
+				c.Close()
+			}
+		}
+		if !slices.Equal(told, []int{2 * connStep, 3 * connStep}) {
+			t.Errorf("told %v", told)
+		}
+	})
+}
+
+// Far more bodies than there is room for, all at once: they are served in turn, in little more memory than the budget.
+func TestStorm(t *testing.T) {
+	t.Parallel()
+	const clients, size = 120, 256 << 10
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { time.Sleep(20 * time.Millisecond) })
+	relay := start(t, "-upstream", up.URL, "-max-inflight-bytes", "4MiB", "-max-body-size", "1MiB", "-conn-limit", "100")
+	body := strings.Repeat("s", size)
+	http1, h2c := newClient(t, "HTTP/1.1"), newClient(t, "h2c")
+	var all sync.WaitGroup
+	var served, refused atomic.Int64
+	for i := range clients {
+		all.Go(func() {
+			c, r := http1, io.Reader(strings.NewReader(body))
+			if i%2 == 0 {
+				r = struct{ io.Reader }{r} // chunked
+			}
+			if i%8 == 0 {
+				c = h2c
+			}
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, relay.url("/ingest"), r)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			req.Close = c == http1 // none is idle while others wait: its next request might cross with its closing
+			resp, err := c.Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp.Body.Close()
+			switch {
+			case resp.StatusCode == http.StatusOK:
+				served.Add(1)
+			case resp.StatusCode == http.StatusServiceUnavailable && resp.Header.Get("Retry-After") == "1":
+				refused.Add(1)
+			default:
+				t.Errorf("status %d", resp.StatusCode)
+			}
+		})
+	}
+	all.Wait()
+	if served.Load()+refused.Load() != clients || served.Load() == 0 || int(served.Load()) != len(up.requests()) {
+		t.Errorf("%d served, %d refused, %d arrived", served.Load(), refused.Load(), len(up.requests()))
+	}
+	if n := relay.metric(t, "go_memory_classes_total_bytes"); n > 68<<20 { // includes what was returned since
+		t.Errorf("%v bytes of memory were in use", n)
+	}
+	relay.awaitMetric(t, inflightSeries, 0)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+	relay.stop(t)
+}
+
+// What the collector has not found yet counts against the budget's memory.
+func TestBudgetTidiesUp(t *testing.T) {
+	b := &budget{free: maxLitter, metrics: newMetrics()}
+	collections := func() uint32 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.NumForcedGC
+	}
+	before := collections()
+	if b.tidy(2 * maxLitter); collections() != before {
+		t.Error("collected although there was room for the litter")
+	}
+	if b.tidy(1); collections() == before {
+		t.Error("not collected although the litter exceeds the budget")
 	}
 }
