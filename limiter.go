@@ -41,7 +41,7 @@ const (
 )
 
 // maxLitter is how many bytes of bodies that are done with may lie about, beyond the budget, before they are collected.
-const maxLitter = 16 << 20
+const maxLitter = 8 << 20
 
 // maxTenant is the longest tenant ID Pyroscope takes, in bytes.
 const maxTenant = 150
@@ -229,7 +229,7 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 		nc = t.NetConn()
 	}
 	c, ok := nc.(*limitedConn)
-	if !ok || s == http.StateNew || s == http.StateClosed {
+	if !ok || s == http.StateNew {
 		return
 	}
 	l.mu.Lock()
@@ -259,7 +259,7 @@ type limitedConn struct {
 	place    *list.Element // in limiter.idle
 	leaving  bool          // asked to make room
 	looked   bool          // its last look has begun
-	gone     bool          // from now on every Read that finds nothing reports a timeout
+	gone     bool          // its time is over: every Read reports a timeout
 	h2       bool
 	heard    time.Time // when bytes came while it was idle; when it was accepted
 	deadline time.Time // for reading, as the server set it
@@ -405,12 +405,12 @@ func (c *limitedConn) lookUntil(now time.Time) time.Time {
 	return look
 }
 
-// SetReadDeadline leaves the connection's last look alone; the server's deadline is put back if it stays.
+// SetReadDeadline leaves the connection's last look, and its end, alone; the server's deadline is put back if it stays.
 func (c *limitedConn) SetReadDeadline(t time.Time) error {
 	c.limiter.mu.Lock()
 	defer c.limiter.mu.Unlock()
 	c.deadline = t
-	if c.leaving {
+	if c.leaving || c.gone {
 		return nil
 	}
 	return c.Conn.SetReadDeadline(t)

@@ -473,6 +473,57 @@ func TestRefusalInsteadOfContinue(t *testing.T) {
 	}
 }
 
+// lingering is an answer whose connection can be given a deadline, and the request's body.
+type lingering struct {
+	http.ResponseWriter
+	flushed  bool
+	deadline time.Duration
+	read     int
+}
+
+func (l *lingering) Flush() { l.flushed = true }
+
+func (l *lingering) SetReadDeadline(t time.Time) error {
+	l.deadline = time.Until(t)
+	return nil
+}
+
+func (l *lingering) Read(p []byte) (int, error) {
+	l.read += len(p)
+	if l.read > 1<<20 {
+		return 0, io.EOF
+	}
+	return len(p), nil
+}
+
+func (l *lingering) Close() error { return nil }
+
+// The rest of a body is read where somebody is sending it, and no longer than the read timeout.
+func TestLinger(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		timeout time.Duration
+		request http.Request
+		want    time.Duration // 0: not read
+	}{
+		{"no timeout", 0, http.Request{ProtoMajor: 1, ContentLength: 1}, lingerTime},
+		{"short timeout", time.Second, http.Request{ProtoMajor: 1, ContentLength: -1}, time.Second},
+		{"no body", 0, http.Request{ProtoMajor: 1}, 0},
+		{"HTTP/2", 0, http.Request{ProtoMajor: 2, ContentLength: 1}, 0},
+		{"100-continue", 0, http.Request{ProtoMajor: 1, ContentLength: 1, Header: http.Header{"Expect": {"100-continue"}}}, 0},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			l := &lingering{}
+			test.request.Body = l
+			(&gate{readTimeout: test.timeout}).linger(l, &test.request)
+			if l.deadline != test.want || l.flushed != (test.want > 0) || (l.read > 1<<20) != (test.want > 0) {
+				t.Errorf("%s: %+v", test.name, l)
+			}
+		})
+	}
+}
+
 // The routes of the data port.
 func TestRoutes(t *testing.T) {
 	t.Parallel()
@@ -1148,6 +1199,22 @@ func TestCloseSeesArrivalsThrough(t *testing.T) {
 		if !l.wait(ctx) || len(l.slots) != 0 || m.connections.Value() != 0 {
 			t.Errorf("%d slots, %v connections left", len(l.slots), m.connections)
 		}
+	})
+}
+
+// Before its first request a connection gets one read timeout and not another, although the server would give it.
+func TestSilenceIsCutOnce(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, _ := acceptOne(t, p, l)
+		l.state(c, http.StateNew)
+		for _, want := range []time.Duration{time.Minute, 0} {
+			start := time.Now()
+			c.SetReadDeadline(start.Add(time.Minute))
+			if s := <-reader(c); s != cut || time.Since(start) != want {
+				t.Fatalf("read %s after %v, want %v", s, time.Since(start), want)
+			}
+		}
+		c.Close()
 	})
 }
 
