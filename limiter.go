@@ -41,7 +41,7 @@ const (
 )
 
 // maxLitter is how many bytes of bodies that are done with may lie about, beyond the budget, before they are collected.
-const maxLitter = 16 << 20
+const maxLitter = 8 << 20
 
 // maxTenant is the longest tenant ID Pyroscope takes, in bytes.
 const maxTenant = 150
@@ -229,7 +229,7 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 		nc = t.NetConn()
 	}
 	c, ok := nc.(*limitedConn)
-	if !ok || s == http.StateNew || s == http.StateClosed {
+	if !ok || s == http.StateNew {
 		return
 	}
 	l.mu.Lock()
@@ -259,7 +259,7 @@ type limitedConn struct {
 	place    *list.Element // in limiter.idle
 	leaving  bool          // asked to make room
 	looked   bool          // its last look has begun
-	gone     bool          // from now on every Read that finds nothing reports a timeout
+	gone     bool          // its time is over: every Read reports a timeout
 	h2       bool
 	heard    time.Time // when bytes came while it was idle; when it was accepted
 	deadline time.Time // for reading, as the server set it
@@ -405,12 +405,12 @@ func (c *limitedConn) lookUntil(now time.Time) time.Time {
 	return look
 }
 
-// SetReadDeadline leaves the connection's last look alone; the server's deadline is put back if it stays.
+// SetReadDeadline leaves the connection's last look, and its end, alone; the server's deadline is put back if it stays.
 func (c *limitedConn) SetReadDeadline(t time.Time) error {
 	c.limiter.mu.Lock()
 	defer c.limiter.mu.Unlock()
 	c.deadline = t
-	if c.leaving {
+	if c.leaving || c.gone {
 		return nil
 	}
 	return c.Conn.SetReadDeadline(t)
@@ -420,36 +420,45 @@ func (c *limitedConn) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.Conn.SetWriteDeadline(t))
 }
 
-// A budget is the room that bodies have in memory, in bytes. Requests wait for it in the order they came, so that a
-// large body is not passed over for ever by small ones. Safe for concurrent use.
+// A budget is the room that bodies have in memory, in bytes. Bodies wait for it in the order they came, so that a large
+// one is not passed over for ever by small ones; but first come those that have begun, as they hold room themselves.
+// Safe for concurrent use.
 type budget struct {
 	mu      sync.Mutex
 	free    int64
-	litter  int64     // bytes given back that the collector may not have found yet
+	used    int64
+	stuck   int64     // of used: held by those that wait for more
+	litter  int64     // given back, and perhaps not yet found by the collector
 	waiting list.List // of *claim
 	metrics *metrics
 	sweep   sync.Mutex // one collection at a time
 }
 
 type claim struct {
-	bytes   int64
-	granted chan struct{} // closed under budget.mu
+	bytes, held int64
+	granted     chan struct{} // closed under budget.mu
 }
 
-// take reserves n bytes more for a request that holds held, waiting for them until patience or ctx ends; false if they
-// did not come free. A request that holds some goes first: others may be waiting for just these.
+// take reserves n bytes for a body that holds some already or none, waiting for them until patience or ctx ends; false
+// if they did not come free, or never would because everybody who holds room waits for more.
 func (b *budget) take(ctx context.Context, n, held int64, patience time.Duration) bool {
 	b.mu.Lock()
-	if n == 0 || b.free >= n && (b.waiting.Len() == 0 || held > 0) {
-		b.free -= n
+	if n == 0 || b.free >= n && (held > 0 || b.waiting.Len() == 0) {
+		b.useLocked(n)
 		b.mu.Unlock()
-		b.metrics.inflightBytes.Add(n)
 		return true
 	}
-	c := &claim{n, make(chan struct{})}
-	place := b.waiting.PushBack(c)
+	if held > 0 && b.stuck+held == b.used {
+		b.mu.Unlock()
+		return false
+	}
+	c := &claim{n, held, make(chan struct{})}
+	b.stuck += held
+	var place *list.Element
 	if held > 0 {
-		b.waiting.MoveToFront(place)
+		place = b.waiting.PushFront(c)
+	} else {
+		place = b.waiting.PushBack(c)
 	}
 	b.mu.Unlock()
 	over := time.NewTimer(patience)
@@ -466,18 +475,29 @@ func (b *budget) take(ctx context.Context, n, held int64, patience time.Duration
 	case <-c.granted:
 		return true // just now
 	default:
-		b.waiting.Remove(place)
+		b.removeLocked(place)
 		b.grantLocked() // a smaller claim may have stood behind this one
 		return false
 	}
 }
 
+func (b *budget) useLocked(n int64) {
+	b.free -= n
+	b.used += n
+	b.metrics.inflightBytes.Add(n)
+}
+
+func (b *budget) removeLocked(place *list.Element) *claim {
+	c := b.waiting.Remove(place).(*claim)
+	b.stuck -= c.held
+	return c
+}
+
 // give returns n bytes.
 func (b *budget) give(n int64) {
-	b.metrics.inflightBytes.Add(-n)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.free += n
+	b.useLocked(-n)
 	b.litter += n
 	b.grantLocked()
 }
@@ -502,9 +522,8 @@ func (b *budget) tidy(left int64) {
 
 func (b *budget) grantLocked() {
 	for e := b.waiting.Front(); e != nil && e.Value.(*claim).bytes <= b.free; e = b.waiting.Front() {
-		c := b.waiting.Remove(e).(*claim)
-		b.free -= c.bytes
-		b.metrics.inflightBytes.Add(c.bytes)
+		c := b.removeLocked(e)
+		b.useLocked(c.bytes)
 		close(c.granted)
 	}
 }

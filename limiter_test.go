@@ -10,9 +10,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -468,6 +470,57 @@ func TestRefusalInsteadOfContinue(t *testing.T) {
 	write(t, c, "ok")
 	if resp := readResponse(t, br); resp.StatusCode != http.StatusOK {
 		t.Errorf("status %d", resp.StatusCode)
+	}
+}
+
+// lingering is an answer whose connection can be given a deadline, and the request's body.
+type lingering struct {
+	http.ResponseWriter
+	flushed  bool
+	deadline time.Duration
+	read     int
+}
+
+func (l *lingering) Flush() { l.flushed = true }
+
+func (l *lingering) SetReadDeadline(t time.Time) error {
+	l.deadline = time.Until(t)
+	return nil
+}
+
+func (l *lingering) Read(p []byte) (int, error) {
+	l.read += len(p)
+	if l.read > 1<<20 {
+		return 0, io.EOF
+	}
+	return len(p), nil
+}
+
+func (l *lingering) Close() error { return nil }
+
+// The rest of a body is read where somebody is sending it, and no longer than the read timeout.
+func TestLinger(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		timeout time.Duration
+		request http.Request
+		want    time.Duration // 0: not read
+	}{
+		{"no timeout", 0, http.Request{ProtoMajor: 1, ContentLength: 1}, lingerTime},
+		{"short timeout", time.Second, http.Request{ProtoMajor: 1, ContentLength: -1}, time.Second},
+		{"no body", 0, http.Request{ProtoMajor: 1}, 0},
+		{"HTTP/2", 0, http.Request{ProtoMajor: 2, ContentLength: 1}, 0},
+		{"100-continue", 0, http.Request{ProtoMajor: 1, ContentLength: 1, Header: http.Header{"Expect": {"100-continue"}}}, 0},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			l := &lingering{}
+			test.request.Body = l
+			(&gate{readTimeout: test.timeout}).linger(l, &test.request)
+			if l.deadline != test.want || l.flushed != (test.want > 0) || (l.read > 1<<20) != (test.want > 0) {
+				t.Errorf("%s: %+v", test.name, l)
+			}
+		})
 	}
 }
 
@@ -1150,6 +1203,22 @@ func TestCloseSeesArrivalsThrough(t *testing.T) {
 	})
 }
 
+// Before its first request a connection gets one read timeout and not another, although the server would give it.
+func TestSilenceIsCutOnce(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, _ := acceptOne(t, p, l)
+		l.state(c, http.StateNew)
+		for _, want := range []time.Duration{time.Minute, 0} {
+			start := time.Now()
+			c.SetReadDeadline(start.Add(time.Minute))
+			if s := <-reader(c); s != cut || time.Since(start) != want {
+				t.Fatalf("read %s after %v, want %v", s, time.Since(start), want)
+			}
+		}
+		c.Close()
+	})
+}
+
 func TestConnectionWithoutLimit(t *testing.T) {
 	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
 		for range 3 {
@@ -1195,6 +1264,37 @@ func TestBudget(t *testing.T) {
 	})
 }
 
+// Bodies that have begun go before those that have not, and the one that would make all of them wait for ever gives up.
+func TestBudgetBreaksDeadlocks(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := &budget{free: 100, metrics: newMetrics()}
+		b.take(t.Context(), 40, 0, 0)
+		b.take(t.Context(), 40, 0, 0)
+		fresh, begun := make(chan bool, 1), make(chan bool, 1)
+		go func() { fresh <- b.take(t.Context(), 30, 0, time.Hour) }()
+		synctest.Wait()
+		if !b.take(t.Context(), 10, 40, time.Hour) {
+			t.Fatal("there was room for one that has begun") // now 50 and 40
+		}
+		go func() { begun <- b.take(t.Context(), 40, 50, time.Hour) }()
+		synctest.Wait()
+		start := time.Now()
+		if b.take(t.Context(), 40, 40, time.Hour) || time.Since(start) != 0 {
+			t.Fatal("both wait for each other")
+		}
+		b.give(40)
+		synctest.Wait()
+		if len(begun) != 1 || len(fresh) != 0 {
+			t.Fatal("the one that had begun must go on, and the other wait")
+		}
+		b.give(90)
+		if !<-begun || !<-fresh || b.stuck != 0 || b.used != 30 || b.free != 70 {
+			t.Errorf("%d stuck, %d used, %d free", b.stuck, b.used, b.free)
+		}
+	})
+}
+
 // trickle is a body that comes in pieces, with pauses.
 type trickle struct {
 	pieces []string
@@ -1235,7 +1335,7 @@ func TestReadTakesRoomAsItGoes(t *testing.T) {
 		{"declared, room one short", 1, 96 * kib, 96*kib - 1, trickle{end: io.EOF}, 0, 503, roomWait},
 		{"chunked", 1, -1, 1 << 20, trickle{[]string{piece}, 0, io.EOF}, 64 * kib, 0, 0},
 		{"chunked, a full buffer is not grown", 1, -1, 64 * kib, trickle{[]string{piece, piece[:16*kib]}, 0, io.EOF}, 64 * kib, 0, 0},
-		{"chunked, room runs out", 1, -1, 127 * kib, trickle{[]string{piece, piece}, time.Second, io.EOF}, 0, 503, 3*time.Second + roomWait},
+		{"chunked, room runs out", 1, -1, 127 * kib, trickle{[]string{piece, piece}, time.Second, io.EOF}, 0, 503, 3 * time.Second},
 		{"HTTP/2 declares much, sends little", 2, 1 << 20, 64 * kib, trickle{[]string{"p"}, 0, io.ErrUnexpectedEOF}, 0, 400, 0},
 		{"at the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20)}, 0, io.EOF}, 1 << 20, 0, 0},
 		{"past the limit", 1, -1, 1 << 20, trickle{[]string{strings.Repeat("p", 1<<20), "p"}, 0, io.EOF}, 0, 413, 0},
@@ -1260,34 +1360,93 @@ func TestReadTakesRoomAsItGoes(t *testing.T) {
 	}
 }
 
-// Two bodies that come at once and fill the budget together do not wait for each other's bytes.
-func TestBudgetLetsGrow(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		b := &budget{free: 100, metrics: newMetrics()}
-		b.take(t.Context(), 60, 0, roomWait)
-		whole := make(chan bool)
-		go func() { whole <- b.take(t.Context(), 100, 0, roomWait) }()
-		synctest.Wait()
-		if start := time.Now(); !b.take(t.Context(), 40, 60, roomWait) || time.Since(start) != 0 {
-			t.Error("a body that is being read waits behind one that is not")
+// The listener's user hears once for each thousand connections more.
+func TestConnectionPeaksAreTold(t *testing.T) {
+	inBubble(t, 0, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		var told []int
+		l.grown = func(most int) { told = append(told, most) }
+		for range 2 {
+			var open []net.Conn
+			for range 2*connStep + 1 {
+				c, _ := acceptOne(t, p, l)
+				open = append(open, c)
+			}
+			for _, c := range open {
+				c.Close()
+			}
 		}
-		b.give(100)
-		if !<-whole {
-			t.Error("the other one got nothing")
-		}
-		go func() { whole <- b.take(t.Context(), 100, 0, roomWait) }()
-		synctest.Wait()
-		grown := make(chan bool)
-		go func() { grown <- b.take(t.Context(), 50, 50, roomWait) }()
-		synctest.Wait()
-		b.give(50)
-		if !<-grown {
-			t.Error("room that came free went to the one that came first, not to the one that holds some")
-		}
-		b.give(100)
-		if !<-whole {
-			t.Error("the other one got nothing")
+		if !slices.Equal(told, []int{2 * connStep, 3 * connStep}) {
+			t.Errorf("told %v", told)
 		}
 	})
+}
+
+// Far more bodies than there is room for, all at once: they are served in turn, in little more memory than the budget.
+func TestStorm(t *testing.T) {
+	t.Parallel()
+	const clients, size = 120, 256 << 10
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { time.Sleep(20 * time.Millisecond) })
+	relay := start(t, "-upstream", up.URL, "-max-inflight-bytes", "4MiB", "-max-body-size", "1MiB", "-conn-limit", "100")
+	body := strings.Repeat("s", size)
+	http1, h2c := newClient(t, "HTTP/1.1"), newClient(t, "h2c")
+	var all sync.WaitGroup
+	var served, refused atomic.Int64
+	for i := range clients {
+		all.Go(func() {
+			c, r := http1, io.Reader(strings.NewReader(body))
+			if i%2 == 0 {
+				r = struct{ io.Reader }{r} // chunked
+			}
+			if i%8 == 0 {
+				c = h2c
+			}
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, relay.url("/ingest"), r)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			req.Close = c == http1 // none is idle while others wait: its next request might cross with its closing
+			resp, err := c.Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp.Body.Close()
+			switch {
+			case resp.StatusCode == http.StatusOK:
+				served.Add(1)
+			case resp.StatusCode == http.StatusServiceUnavailable && resp.Header.Get("Retry-After") == "1":
+				refused.Add(1)
+			default:
+				t.Errorf("status %d", resp.StatusCode)
+			}
+		})
+	}
+	all.Wait()
+	if served.Load()+refused.Load() != clients || served.Load() == 0 || int(served.Load()) != len(up.requests()) {
+		t.Errorf("%d served, %d refused, %d arrived", served.Load(), refused.Load(), len(up.requests()))
+	}
+	if n := relay.metric(t, "go_memory_classes_total_bytes"); n > 68<<20 { // includes what was returned since
+		t.Errorf("%v bytes of memory were in use", n)
+	}
+	relay.awaitMetric(t, inflightSeries, 0)
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
+	relay.stop(t)
+}
+
+// What the collector has not found yet counts against the budget's memory.
+func TestBudgetTidiesUp(t *testing.T) {
+	b := &budget{free: maxLitter, metrics: newMetrics()}
+	collections := func() uint32 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.NumForcedGC
+	}
+	before := collections()
+	if b.tidy(2 * maxLitter); collections() != before {
+		t.Error("collected although there was room for the litter")
+	}
+	if b.tidy(1); collections() == before {
+		t.Error("not collected although the litter exceeds the budget")
+	}
 }

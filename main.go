@@ -45,7 +45,8 @@ const maxHeader = 32 << 10
 const maxStreams = 250
 
 // http2Window is how much of its bodies an HTTP/2 connection may send before they are read, in bytes: this much per
-// connection is outside the budget of -max-inflight-bytes.
+// connection is outside the budget of -max-inflight-bytes. A smaller window fails clients that have not yet read the
+// settings: until then they may send 65,535 bytes (RFC 9113, section 6.9.2).
 const http2Window = 64 << 10
 
 // http2Frame is the largest HTTP/2 frame, in bytes: the least that RFC 9113 allows, as every connection keeps a buffer
