@@ -622,6 +622,7 @@ func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 		}
 		u.metrics = m.endpoint(u.name)
 		u.client.Store(newTransport(&u.retry))
+		u.direct = newDirect(u.url)
 		if u.required {
 			f.required = append(f.required, u)
 		} else {
