@@ -142,7 +142,7 @@ func (f *fault) Error() string {
 func (f *fault) Unwrap() error { return f.cause }
 
 // A payload is what one client sent, ready to be copied. Everything in it is immutable and shared by all upstreams;
-// the body's bytes stay counted as in flight until the last user has called release.
+// the body's bytes stay counted as in flight until the last user has called release, and then become another body's.
 type payload struct {
 	route   routeID
 	query   string      // raw
@@ -221,6 +221,9 @@ func (r *retryPolicy) delay(n int, retryAfter time.Duration, random float64) tim
 // parseRetryAfter reads a Retry-After value (RFC 9110, section 10.2.3: seconds or a date); 0 if there is none, or none
 // that makes sense.
 func parseRetryAfter(value string, now time.Time) time.Duration {
+	if value == "" {
+		return 0
+	}
 	if n, err := strconv.ParseUint(value, 10, 31); err == nil {
 		return time.Duration(n) * time.Second
 	}
@@ -552,9 +555,46 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	}
 	return (&http.Request{
 		Method: http.MethodPost, URL: target(u.url, p), Host: u.host(), Header: header,
-		Body: io.NopCloser(bytes.NewReader(p.body)), ContentLength: int64(len(p.body)),
-		GetBody: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(p.body)), nil },
+		Body: newHeldBody(p), ContentLength: int64(len(p.body)),
+		GetBody: func() (io.ReadCloser, error) { return newHeldBody(p), nil },
 	}).WithContext(ctx)
+}
+
+// A heldBody is the body of p as a transport reads it. It holds p until it is closed, which may be after RoundTrip has
+// returned: a transport may still be sending when the answer is there.
+type heldBody struct {
+	mu   sync.Mutex // HTTP/2 closes it during a Read
+	p    *payload   // nil once closed
+	rest []byte
+}
+
+func newHeldBody(p *payload) *heldBody {
+	p.hold()
+	return &heldBody{p: p, rest: p.body}
+}
+
+func (b *heldBody) Read(into []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.p == nil {
+		return 0, http.ErrBodyReadAfterClose
+	}
+	n := copy(into, b.rest)
+	b.rest = b.rest[n:]
+	if n == 0 && len(into) > 0 {
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+func (b *heldBody) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.p != nil {
+		b.p.release()
+		b.p, b.rest = nil, nil
+	}
+	return nil
 }
 
 // target is where p goes, at an upstream of that URL.

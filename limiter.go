@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/bits"
 	"net"
 	"net/http"
 	"os"
@@ -389,6 +390,7 @@ type gate struct {
 	via             string        // this relay's own pseudonym in Via (RFC 9110, section 7.6.3)
 	ingest, push    route
 	room            *budget
+	buffers         buffers
 	conns           *connLimiter
 	fan             *fanout
 	metrics         *metrics
@@ -497,7 +499,10 @@ func (g *gate) relay(r *http.Request, id routeID, x exchange, start time.Time) (
 		g.room.give(charged)
 		return reply{}, f
 	}
-	p.free = func() { g.room.give(charged) }
+	p.free = func() {
+		g.room.give(charged)
+		g.buffers.put(body)
+	}
 	p.hold()
 	defer p.release()
 	p.expires = time.Now().Add(g.deliveryTimeout)
@@ -598,20 +603,22 @@ func (g *gate) read(r *http.Request, id routeID) (body []byte, charged int64, f 
 		}
 	}()
 	for {
-		if len(body) == cap(body) && int64(len(body)) < limit {
+		if int64(len(body)) == charged && charged < limit {
 			size := min(nextSize(r, charged), limit)
 			if !g.room.take(wait, size-charged) {
 				return body, charged, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
 					reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
 			}
-			body, charged = append(make([]byte, 0, size), body...), size
+			grown := append(g.buffers.get(size), body...)
+			g.buffers.put(body)
+			body, charged = grown, size
 		}
-		into := body[len(body):cap(body)]
+		into := body[len(body):charged]
 		if len(into) == 0 {
 			into = make([]byte, 1) // is this the end?
 		}
 		n, err := r.Body.Read(into)
-		if len(body)+n > cap(body) {
+		if int64(len(body)+n) > charged {
 			return body, charged, tooLarge
 		}
 		body = body[:len(body)+n]
@@ -644,4 +651,42 @@ func bodyFault(err error) *fault {
 		f.public = "the body did not arrive in time (-server-read-timeout)"
 	}
 	return f
+}
+
+// Bodies between these sizes, in bytes, are read into used buffers: allocating and clearing new ones, and the garbage
+// they become, would cost more than all else that is done with such a body. Smaller ones are cheap, larger ones rare.
+const (
+	smallestReused = 4 << 10
+	largestReused  = 1 << 20
+)
+
+// buffers lends the memory that bodies are read into. What nobody borrows for a while is garbage like all else. The zero
+// value is ready; safe for concurrent use.
+type buffers struct{ pools [64]sync.Pool }
+
+// bufferClass is the pool and the capacity of the buffers for n bytes: a quarter more than n at most.
+func bufferClass(n int64) (pool int, capacity int64) {
+	shift := bits.Len64(uint64(n-1)) - 3
+	quarter := (n-1)>>shift + 1 // 5 to 8
+	return (4*shift + int(quarter)) % 64, quarter << shift
+}
+
+// get returns an empty slice with room for n bytes or more.
+func (b *buffers) get(n int64) []byte {
+	if n < smallestReused || n > largestReused {
+		return make([]byte, 0, n)
+	}
+	pool, capacity := bufferClass(n)
+	if used, ok := b.pools[pool].Get().(*[]byte); ok {
+		return (*used)[:0]
+	}
+	return make([]byte, 0, capacity)
+}
+
+// put takes back what get returned. Nobody may read or write it any more.
+func (b *buffers) put(body []byte) {
+	if c := int64(cap(body)); c >= smallestReused && c <= largestReused {
+		pool, _ := bufferClass(c)
+		b.pools[pool].Put(&body)
+	}
 }
