@@ -24,6 +24,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -151,13 +152,13 @@ type payload struct {
 	timed   bool // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
 	expires time.Time
 	users   atomic.Int32
-	free    func() // called once, by the last release
+	free    func() // called once, by the last release; may be nil
 }
 
 func (p *payload) hold() { p.users.Add(1) }
 
 func (p *payload) release() {
-	if p.users.Add(-1) == 0 {
+	if p.users.Add(-1) == 0 && p.free != nil {
 		p.free()
 	}
 }
@@ -502,15 +503,23 @@ func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload)
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
-	client := u.client.Load()
-	resp, err := client.RoundTrip(u.request(ctx, p))
-	if err != nil {
-		u.renew(client)
-		return nil, err
+	client, body := u.client.Load(), &heldBody{}
+	resp, err := client.RoundTrip(u.request(ctx, p, func() (io.ReadCloser, error) {
+		if len(p.body) == 0 {
+			return http.NoBody, nil // any other would be sent in chunks
+		}
+		body = newHeldBody(p)
+		return body, nil
+	}))
+	var a *answer
+	if err == nil {
+		defer resp.Body.Close()
+		a, _, err = readAnswer(resp)
 	}
-	defer resp.Body.Close()
-	a, _, err := readAnswer(resp)
-	if err != nil {
+	if err == nil && a.status/100 == 2 && len(p.body) > 0 && !body.sent(ctx) {
+		a, err = nil, cmp.Or(ctx.Err(), errTooSoon)
+	}
+	if err != nil && !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
 		u.renew(client)
 	}
 	return a, err
@@ -531,8 +540,8 @@ func readAnswer(resp *http.Response) (a *answer, whole bool, err error) {
 		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")),
 		encoding: resp.Header.Get("Content-Encoding"), retryAfter: resp.Header.Get("Retry-After"),
 	}
-	if resp.Body == http.NoBody {
-		return a, true, nil
+	if resp.Body == http.NoBody || resp.StatusCode == http.StatusSwitchingProtocols { // what follows a 101 has no end
+		return a, resp.Body == http.NoBody, nil
 	}
 	a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err == nil && len(a.body) > maxAnswer {
@@ -544,8 +553,8 @@ func readAnswer(resp *http.Response) (a *answer, whole bool, err error) {
 	return a, err == nil, nil
 }
 
-// request is p as it goes to this upstream through its client.
-func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
+// request is p as it goes to this upstream through its client. body makes its body, which may be needed again.
+func (u *upstream) request(ctx context.Context, p *payload, body func() (io.ReadCloser, error)) *http.Request {
 	header := make(http.Header, len(p.header)+len(u.header)+1)
 	for name, values := range u.headers(p) {
 		header[name] = values
@@ -553,24 +562,38 @@ func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
 	if header["User-Agent"] == nil {
 		header["User-Agent"] = []string{""} // or the transport would add its own
 	}
+	first, _ := body()
 	return (&http.Request{
 		Method: http.MethodPost, URL: target(u.url, p), Host: u.host(), Header: header,
-		Body: newHeldBody(p), ContentLength: int64(len(p.body)),
-		GetBody: func() (io.ReadCloser, error) { return newHeldBody(p), nil },
+		Body: first, ContentLength: int64(len(p.body)), GetBody: body,
 	}).WithContext(ctx)
 }
+
+// errTooSoon is an answer that claims success for a body that the upstream does not have.
+var errTooSoon = errors.New("the upstream reported success before it had the whole body")
 
 // A heldBody is the body of p as a transport reads it. It holds p until it is closed, which may be after RoundTrip has
 // returned: a transport may still be sending when the answer is there.
 type heldBody struct {
-	mu   sync.Mutex // HTTP/2 closes it during a Read
-	p    *payload   // nil once closed
-	rest []byte
+	mu     sync.Mutex // HTTP/2 closes it during a Read
+	p      *payload
+	rest   []byte
+	closed chan struct{}
 }
 
 func newHeldBody(p *payload) *heldBody {
 	p.hold()
-	return &heldBody{p: p, rest: p.body}
+	return &heldBody{p: p, rest: p.body, closed: make(chan struct{})}
+}
+
+// sent waits until the transport needs the body no longer, and tells whether it took all of it.
+func (b *heldBody) sent(ctx context.Context) bool {
+	select {
+	case <-b.closed:
+		return len(b.rest) == 0
+	case <-ctx.Done():
+		return false
+	}
 }
 
 func (b *heldBody) Read(into []byte) (int, error) {
@@ -579,11 +602,11 @@ func (b *heldBody) Read(into []byte) (int, error) {
 	if b.p == nil {
 		return 0, http.ErrBodyReadAfterClose
 	}
-	n := copy(into, b.rest)
-	b.rest = b.rest[n:]
-	if n == 0 && len(into) > 0 {
+	if len(b.rest) == 0 {
 		return 0, io.EOF
 	}
+	n := copy(into, b.rest)
+	b.rest = b.rest[n:]
 	return n, nil
 }
 
@@ -592,7 +615,8 @@ func (b *heldBody) Close() error {
 	defer b.mu.Unlock()
 	if b.p != nil {
 		b.p.release()
-		b.p, b.rest = nil, nil
+		b.p = nil
+		close(b.closed)
 	}
 	return nil
 }
@@ -894,10 +918,15 @@ func (d *direct) dial(ctx context.Context, deadline time.Time) (*directConn, err
 		d.forget(era)
 		return nil, err
 	}
+	return d.adopt(nc, era), nil
+}
+
+// adopt starts to listen on a new connection.
+func (d *direct) adopt(nc net.Conn, era int) *directConn {
 	c := &directConn{Conn: nc, pool: d, era: era, answers: make(chan directAnswer, 1)}
 	c.br = bufio.NewReader(c)
 	go c.listen()
-	return c, nil
+	return c
 }
 
 // take returns the pooled connection that was used last; nil if there is none.
@@ -964,6 +993,8 @@ func (c *directConn) exchange(ctx context.Context, deadline time.Time, head, bod
 	a, ok := <-c.answers
 	if !ok {
 		a.err = errHungUp
+	} else if a.err == nil && a.status/100 == 2 && unsent != nil {
+		a.err = errTooSoon
 	}
 	if stop() && a.clean && unsent == nil {
 		c.pool.put(c)
@@ -971,8 +1002,11 @@ func (c *directConn) exchange(ctx context.Context, deadline time.Time, head, bod
 	}
 	c.Close()
 	if a.err != nil {
+		if !time.Now().Before(deadline) {
+			a.err = os.ErrDeadlineExceeded // which half a line may look like a fault of the server's
+		}
 		a.err = cmp.Or(ctx.Err(), a.err)
-		if !errors.Is(a.err, context.Canceled) {
+		if !errors.Is(a.err, context.Canceled) { // a client that hangs up proves nothing
 			c.pool.forget(c.era)
 		}
 	}
@@ -997,7 +1031,7 @@ func (c *directConn) listen() {
 		} else if err == nil {
 			a = c.read()
 		}
-		if !c.sent.Load() {
+		if !c.sent.Load() && (a.err != nil || a.status/100 != 2) {
 			c.SetWriteDeadline(time.Unix(1, 0)) // no use to send the rest
 		}
 		clean = a.clean
@@ -1013,10 +1047,6 @@ func (c *directConn) read() directAnswer {
 		if resp, a.err = http.ReadResponse(c.br, nil); a.err != nil {
 			return a
 		}
-	}
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		a.answer = &answer{status: resp.StatusCode} // whatever follows is not its body
-		return a
 	}
 	c.room = math.MaxInt64 // readAnswer has its own bound
 	var whole bool
