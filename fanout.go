@@ -272,12 +272,12 @@ func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
 		return judgeError(err)
 	}
 	out := outcome{status: a.status, wait: parseRetryAfter(a.retryAfter, time.Now())}
-	words, own := a.words(p.route)
-	out.verdict = a.verdict(p, r, own)
-	if out.verdict == accepted {
+	if out.verdict = a.verdict(p, r, codeOK); out.verdict == accepted {
 		out.reply = reply{body: a.body, encoding: a.encoding}
 		return out
 	}
+	words, own := a.words(p.route)
+	out.verdict = a.verdict(p, r, own)
 	out.fault = &fault{
 		status: ingestStatus(a.status), code: pushCode(a.status, own), public: words, transient: out.verdict != refused,
 		cause: fmt.Errorf("HTTP status %d, Content-Type %q", a.status, a.mediaType),
