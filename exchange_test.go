@@ -102,7 +102,7 @@ func newRawServer(t testing.TB, serve func(c *net.TCPConn, br *bufio.Reader, n i
 
 func (s *rawServer) url() string { return "http://" + s.Addr().String() }
 
-// readRequest reads a whole request; false at the end of the connection.
+// readWhole reads a request and returns its body; false at the end of the connection.
 func readWhole(br *bufio.Reader) ([]byte, bool) {
 	r, err := http.ReadRequest(br)
 	if err != nil {
@@ -415,14 +415,14 @@ func TestStaleConnectionIsNotUsed(t *testing.T) {
 func TestHangUpOnUse(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		name   string
-		answer func(conn, request int) (string, bool) // and whether to go on
-		fails  bool                                   // the second exchange
-		served int
+		name, last string // what the pooled connection still says to its second request
+		others     bool   // new connections are served
+		fails      bool   // the second exchange
+		served     int
 	}{
-		{"once", func(conn, request int) (string, bool) { return okAnswer, conn > 1 || request == 1 }, false, 3},
-		{"always", func(conn, request int) (string, bool) { return okAnswer, conn == 1 && request == 1 }, true, 3},
-		{"answer begun", func(conn, request int) (string, bool) { return "HTTP/1.1 200", conn > 1 || request == 1 }, true, 2},
+		{"once", "", true, false, 3},
+		{"always", "", false, true, 3},
+		{"answer begun", "HTTP/1.1 200", true, true, 2},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -433,17 +433,14 @@ func TestHangUpOnUse(t *testing.T) {
 						return
 					}
 					served.Add(1)
-					answer, goOn := test.answer(n, request)
-					if !goOn && test.name != "answer begun" {
+					if n == 1 && request == 2 {
+						io.WriteString(c, test.last)
 						return
 					}
-					if goOn {
-						answer = okAnswer
-					}
-					io.WriteString(c, answer)
-					if !goOn {
+					if n > 1 && !test.others {
 						return
 					}
+					io.WriteString(c, okAnswer)
 				}
 			})
 			direct, _ := newUpstreams(t, server.url(), nil)
@@ -509,6 +506,8 @@ func TestPoolIsForgottenAfterFailure(t *testing.T) {
 	eventually(t, "a connection is in use", func() bool { return u.direct.pooled() == 2 })
 	if _, err := u.tryOnce(newPayload([]byte("black hole")), quick); err == nil || !judgeError(err).expired {
 		t.Errorf("got %v, want a timeout", err)
+	} else if dial, ok := errors.AsType[*net.OpError](err); ok && dial.Op == "dial" {
+		t.Errorf("got %v, but the upstream was reached", err)
 	}
 	if n := u.direct.pooled(); n != 0 {
 		t.Errorf("%d connections pooled after a timeout", n)
