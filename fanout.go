@@ -639,11 +639,11 @@ func (u *upstream) host() string { return cmp.Or(u.header.Get("Host"), u.url.Hos
 // upstream wins.
 func (u *upstream) headers(p *payload) iter.Seq2[string, []string] {
 	return func(yield func(string, []string) bool) {
-		names := make([]string, 0, 16)
+		own, names := u.header, make([]string, 0, 16)
 		for name := range p.header {
 			names = append(names, name)
 		}
-		for name := range u.header {
+		for name := range own {
 			names = append(names, name)
 		}
 		if p.timed {
@@ -651,7 +651,7 @@ func (u *upstream) headers(p *payload) iter.Seq2[string, []string] {
 		}
 		slices.Sort(names)
 		for _, name := range slices.Compact(names) {
-			values := u.header[name]
+			values := own[name]
 			switch {
 			case name == "Host":
 				continue
