@@ -7,6 +7,7 @@ package main
 // the client hears of (merge) are pure functions. The payload is immutable from here on.
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -16,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"math"
 	"math/rand/v2"
@@ -23,6 +25,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -148,7 +151,7 @@ func (f *fault) Error() string {
 func (f *fault) Unwrap() error { return f.cause }
 
 // A payload is what one client sent, ready to be copied. Everything in it is immutable and shared by all upstreams;
-// the body's bytes stay counted as in flight until the last user has called release.
+// the body's bytes stay counted as in flight until the last user has called release, and then become another body's.
 type payload struct {
 	route   routeID
 	query   string      // raw
@@ -157,13 +160,13 @@ type payload struct {
 	timed   bool // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
 	expires time.Time
 	users   atomic.Int32
-	free    func() // called once, by the last release
+	free    func() // called once, by the last release; may be nil
 }
 
 func (p *payload) hold() { p.users.Add(1) }
 
 func (p *payload) release() {
-	if p.users.Add(-1) == 0 {
+	if p.users.Add(-1) == 0 && p.free != nil {
 		p.free()
 	}
 }
@@ -442,6 +445,7 @@ type upstream struct {
 	retry    retryPolicy
 	link     *link
 	client   atomic.Pointer[http.Transport]
+	direct   *direct // speaks to the upstream in place of client; nil: client does
 	metrics  *endpointMetrics
 	log      *slog.Logger
 	health   health
@@ -607,25 +611,54 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int) outcome {
 	if u.url == nil {
 		return u.logProfile(p)
 	}
-	ctx, cancel := context.WithTimeout(ctx, u.retry.attemptTime(n, timeLeft(ctx)))
-	defer cancel()
-	client := u.client.Load()
-	a, err := u.exchange(ctx, client, p)
+	deadline := start.Add(u.retry.attemptTime(n, timeLeft(ctx)))
+	a, err := u.exchange(ctx, deadline, p)
 	if a != nil && a.status != http.StatusOK {
 		a.body = u.link.hide(a.body)
 	}
 	out := judge(p, a, err, &u.retry)
-	if err != nil && !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
-		u.renew(client)
-	}
 	if out.fault != nil {
 		u.log.Debug("attempt failed", "upstream", u.name, "attempt", n+1, "took", time.Since(start), "error", out.fault)
 	}
 	return out
 }
 
-// renew leaves the pooled connections of old behind, so that the next attempt dials: one of them may just have proved
-// dead, and HTTP/2 would go on sharing it. Exchanges under way are not disturbed.
+// exchange sends p and reads the answer to its end, by deadline. After an error the next exchange does not use a
+// connection that was pooled before: it may just have proved dead.
+func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload) (*answer, error) {
+	if u.direct != nil {
+		head, err := u.head(p)
+		if err != nil {
+			return nil, err
+		}
+		return u.direct.exchange(ctx, deadline, head, p.body)
+	}
+	ctx, cancel := context.WithDeadline(ctx, deadline)
+	defer cancel()
+	client, body := u.client.Load(), &heldBody{}
+	resp, err := client.RoundTrip(u.request(ctx, p, func() (io.ReadCloser, error) {
+		if len(p.body) == 0 {
+			return http.NoBody, nil // any other would be sent in chunks
+		}
+		body = newHeldBody(p)
+		return body, nil
+	}))
+	var a *answer
+	if err == nil {
+		defer resp.Body.Close()
+		a, _, err = readAnswer(resp)
+	}
+	if err == nil && a.status/100 == 2 && len(p.body) > 0 && !body.sent(ctx) {
+		a, err = nil, cmp.Or(ctx.Err(), errTooSoon)
+	}
+	if err != nil && !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
+		u.renew(client)
+	}
+	return a, err
+}
+
+// renew leaves the pooled connections of old behind, so that the next attempt dials: HTTP/2 would go on sharing a dead
+// one. Exchanges under way are not disturbed.
 func (u *upstream) renew(old *http.Transport) {
 	if u.client.CompareAndSwap(old, old.Clone()) {
 		old.CloseIdleConnections()
@@ -637,62 +670,138 @@ func (u *upstream) redial() {
 	u.client.Swap(newTransport(&u.retry, u.link)).CloseIdleConnections()
 }
 
-// exchange sends p and reads the answer to its end. An answer counts only when it is whole, unless its status alone
-// says that it is a failure.
-func (u *upstream) exchange(ctx context.Context, client *http.Transport, p *payload) (*answer, error) {
-	resp, err := client.RoundTrip(u.request(ctx, p))
-	if err != nil {
-		return nil, err
+// readAnswer reads resp to its end, if it has one within maxAnswer: whole says so. An answer counts only when it is
+// whole, unless its status alone says that it is a failure.
+func readAnswer(resp *http.Response) (a *answer, whole bool, err error) {
+	a = &answer{
+		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")),
+		encoding: resp.Header.Get("Content-Encoding"), retryAfter: resp.Header.Get("Retry-After"),
 	}
-	defer resp.Body.Close()
-	var body []byte
-	if resp.StatusCode != http.StatusSwitchingProtocols { // or reading would not end with ctx
-		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if resp.Body == http.NoBody || resp.StatusCode == http.StatusSwitchingProtocols { // what follows a 101 has no end
+		return a, resp.Body == http.NoBody, nil
 	}
-	if err == nil && len(body) > maxAnswer {
+	a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err == nil && len(a.body) > maxAnswer {
 		err = errTooLong
 	}
 	if err != nil && resp.StatusCode/100 == 2 {
-		return nil, err
+		return nil, false, err
 	}
-	return &answer{
-		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")), encoding: resp.Header.Get("Content-Encoding"),
-		retryAfter: resp.Header.Get("Retry-After"), body: body,
-	}, nil
+	return a, err == nil, nil
 }
 
-// request is p as it goes to this upstream.
-func (u *upstream) request(ctx context.Context, p *payload) *http.Request {
-	target := *u.url
-	target.Path += p.path()
-	target.RawPath += p.path()
-	target.RawQuery = p.query
+// request is p as it goes to this upstream through its client. body makes its body, which may be needed again.
+func (u *upstream) request(ctx context.Context, p *payload, body func() (io.ReadCloser, error)) *http.Request {
 	own := u.link.header()
 	header := make(http.Header, len(p.header)+len(own)+1)
-	for name, values := range p.header {
+	for name, values := range headers(p, own) {
 		header[name] = values
 	}
 	if header["User-Agent"] == nil {
 		header["User-Agent"] = []string{""} // or the transport would add its own
 	}
-	if p.timed {
-		left := time.Until(p.expires).Milliseconds()
-		header["Connect-Timeout-Ms"] = []string{strconv.FormatInt(max(1, left), 10)}
-	}
-	for name, values := range own {
-		header[name] = values
-	}
-	body := func() (io.ReadCloser, error) {
-		if len(p.body) == 0 {
-			return http.NoBody, nil // any other means "of unknown length" to the transport, hence chunked
-		}
-		return io.NopCloser(bytes.NewReader(p.body)), nil
-	}
 	first, _ := body()
 	return (&http.Request{
-		Method: http.MethodPost, URL: &target, Host: cmp.Or(own.Get("Host"), u.url.Host), Header: header,
+		Method: http.MethodPost, URL: target(u.url, p), Host: u.host(own), Header: header,
 		Body: first, ContentLength: int64(len(p.body)), GetBody: body,
 	}).WithContext(ctx)
+}
+
+// errTooSoon is an answer that claims success for a body that the upstream does not have.
+var errTooSoon = errors.New("the upstream reported success before it had the whole body")
+
+// A heldBody is the body of p as a transport reads it. It holds p until it is closed, which may be after RoundTrip has
+// returned: a transport may still be sending when the answer is there.
+type heldBody struct {
+	mu     sync.Mutex // HTTP/2 closes it during a Read
+	p      *payload
+	rest   []byte
+	closed chan struct{}
+}
+
+func newHeldBody(p *payload) *heldBody {
+	p.hold()
+	return &heldBody{p: p, rest: p.body, closed: make(chan struct{})}
+}
+
+// sent waits until the transport needs the body no longer, and tells whether it took all of it.
+func (b *heldBody) sent(ctx context.Context) bool {
+	select {
+	case <-b.closed:
+		return len(b.rest) == 0
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (b *heldBody) Read(into []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.p == nil {
+		return 0, http.ErrBodyReadAfterClose
+	}
+	if len(b.rest) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(into, b.rest)
+	b.rest = b.rest[n:]
+	return n, nil
+}
+
+func (b *heldBody) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.p != nil {
+		b.p.release()
+		b.p = nil
+		close(b.closed)
+	}
+	return nil
+}
+
+// target is where p goes, at an upstream of that URL.
+func target(base *url.URL, p *payload) *url.URL {
+	target := *base
+	target.Path += p.path()
+	target.RawPath += p.path()
+	target.RawQuery = p.query
+	return &target
+}
+
+// host is the value of Host; own are the headers that are set for this upstream.
+func (u *upstream) host(own http.Header) string { return cmp.Or(own.Get("Host"), u.url.Host) }
+
+// headers yields those of p and own as they go to an upstream, Host apart, in the order of their names. What is set for
+// the upstream wins.
+func headers(p *payload, own http.Header) iter.Seq2[string, []string] {
+	return func(yield func(string, []string) bool) {
+		names := make([]string, 0, 16)
+		for name := range p.header {
+			names = append(names, name)
+		}
+		for name := range own {
+			names = append(names, name)
+		}
+		if p.timed {
+			names = append(names, "Connect-Timeout-Ms")
+		}
+		slices.Sort(names)
+		for _, name := range slices.Compact(names) {
+			values := own[name]
+			switch {
+			case name == "Host":
+				continue
+			case values == nil && p.timed && name == "Connect-Timeout-Ms":
+				left := time.Until(p.expires).Milliseconds()
+				values = []string{strconv.FormatInt(max(1, left), 10)}
+			case values == nil:
+				values = p.header[name]
+			}
+			if !yield(name, values) {
+				return
+			}
+		}
+	}
 }
 
 // logProfile is the built-in upstream log: one line for each profile.
@@ -939,4 +1048,260 @@ func (f *fanout) abandon() (lines []string) {
 		}
 	}
 	return lines
+}
+
+// A direct speaks HTTP/1.1 (RFC 9112) to one plain http:// upstream in the place of an http.Transport, whose seven
+// writes and many goroutine switches for each request cost more than the rest of the relay. A request is one write, and
+// the answer is read by the one goroutine that each connection has. TestDirectIsTransport lists where they differ.
+// Safe for concurrent use.
+type direct struct {
+	addr string    // host:port, to dial
+	line [2]string // how requests begin, up to the query; by routeIngest, routePush
+
+	mu   sync.Mutex
+	idle []*directConn // the one used last is at the end
+	era  int           // counts failures: a connection is not pooled if one came after it was dialled
+}
+
+// A directConn is one connection. Between take or dial and put it belongs to one exchange.
+type directConn struct {
+	net.Conn
+	pool    *direct
+	era     int
+	ended   bool              // under pool.mu: nothing reads it any more
+	waiting atomic.Bool       // an exchange is to get what is read
+	sent    atomic.Bool       // its request is written
+	answers chan directAnswer // from listen; closed when it ends
+	parts   [2][]byte         // head and body: what out begins as
+	out     net.Buffers
+
+	br   *bufio.Reader // these two for listen alone
+	room int64         // bytes that may still be read
+}
+
+// A directAnswer is an answer, or err in its place.
+type directAnswer struct {
+	*answer
+	err   error
+	begun bool // something of it came
+	clean bool // it is whole and nothing follows it: the connection can be used again
+}
+
+var (
+	errHungUp   = errors.New("the connection was closed without an answer")
+	errLongHead = errors.New("the head of the answer is longer than 64 KiB")
+	errBadHead  = errors.New("a line break in a header")
+)
+
+// newDirect is nil for the upstreams that need an http.Transport: https:// ones, and names in need of encoding.
+func newDirect(u *url.URL) *direct {
+	if u == nil || u.Scheme != "http" || strings.ContainsFunc(u.Host, func(r rune) bool { return r <= ' ' || r > '~' || r == '%' }) {
+		return nil
+	}
+	d := &direct{addr: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "80"))}
+	for r := range d.line {
+		d.line[r] = "POST " + target(u, &payload{route: routeID(r)}).RequestURI()
+	}
+	return d
+}
+
+// exchange sends a request and reads the answer to its end, by deadline or until ctx ends. Head and body are not read
+// any more when it returns.
+func (d *direct) exchange(ctx context.Context, deadline time.Time, head, body []byte) (*answer, error) {
+	if c := d.take(); c != nil {
+		a := c.exchange(ctx, deadline, head, body)
+		// A pooled connection that ends without a word was most likely closed because it was idle. No client is to wait
+		// for a backoff because of that: once, the request is sent again on a new connection.
+		if a.err == nil || a.begun || ctx.Err() != nil || !time.Now().Before(deadline) {
+			return a.answer, a.err
+		}
+	}
+	c, err := d.dial(ctx, deadline)
+	if err != nil {
+		return nil, err
+	}
+	a := c.exchange(ctx, deadline, head, body)
+	return a.answer, a.err
+}
+
+// dial makes a connection.
+func (d *direct) dial(ctx context.Context, deadline time.Time) (*directConn, error) {
+	d.mu.Lock()
+	era := d.era
+	d.mu.Unlock()
+	dialer := net.Dialer{Deadline: deadline}
+	nc, err := dialer.DialContext(ctx, "tcp", d.addr)
+	if err != nil {
+		d.forget(era)
+		return nil, err
+	}
+	return d.adopt(nc, era), nil
+}
+
+// adopt starts to listen on a new connection.
+func (d *direct) adopt(nc net.Conn, era int) *directConn {
+	c := &directConn{Conn: nc, pool: d, era: era, answers: make(chan directAnswer, 1)}
+	c.br = bufio.NewReader(c)
+	go c.listen()
+	return c
+}
+
+// take returns the pooled connection that was used last; nil if there is none.
+func (d *direct) take() *directConn {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := len(d.idle) - 1
+	if n < 0 {
+		return nil
+	}
+	c := d.idle[n]
+	d.idle = slices.Delete(d.idle, n, n+1)
+	return c
+}
+
+// put pools a connection after an exchange, for idleUpstream at most.
+func (d *direct) put(c *directConn) {
+	c.SetDeadline(time.Now().Add(idleUpstream))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if c.ended || c.era != d.era || len(d.idle) >= maxIdleUpstream {
+		c.Close()
+		return
+	}
+	d.idle = append(d.idle, c)
+}
+
+// forget closes the pooled connections if they are of that era, so that the next exchange dials: one of them may just
+// have proved dead. Exchanges under way are not disturbed.
+func (d *direct) forget(era int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if era != d.era {
+		return
+	}
+	d.era++
+	for _, c := range d.idle {
+		c.Close()
+	}
+	d.idle = nil
+}
+
+// end takes c out of the pool, for good.
+func (d *direct) end(c *directConn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c.ended = true
+	if i := slices.Index(d.idle, c); i >= 0 {
+		d.idle = slices.Delete(d.idle, i, i+1)
+	}
+}
+
+// exchange sends one request and waits for its answer. It puts c back, or closes it.
+func (c *directConn) exchange(ctx context.Context, deadline time.Time, head, body []byte) directAnswer {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	c.SetDeadline(deadline)
+	c.sent.Store(false)
+	c.waiting.Store(true)
+	c.parts = [2][]byte{head, body}
+	c.out = c.parts[:]
+	_, unsent := c.out.WriteTo(c.Conn)
+	c.sent.Store(true)
+	// Whether or not all was sent, there may be an answer: a server that will not have the body says so before its end.
+	a, ok := <-c.answers
+	if !ok {
+		a.err = errHungUp
+	} else if a.err == nil && a.status/100 == 2 && unsent != nil {
+		a.err = errTooSoon
+	}
+	if stop() && a.clean && unsent == nil {
+		c.pool.put(c)
+		return a
+	}
+	c.Close()
+	if a.err != nil {
+		if !time.Now().Before(deadline) {
+			a.err = os.ErrDeadlineExceeded // which half a line may look like a fault of the server's
+		}
+		a.err = cmp.Or(ctx.Err(), a.err)
+		if !errors.Is(a.err, context.Canceled) { // a client that hangs up proves nothing
+			c.pool.forget(c.era)
+		}
+	}
+	return a
+}
+
+// listen reads answers for as long as the connection can be used. An idle one ends with the first byte that comes
+// unasked, as it does when the server closes it or idleUpstream is over.
+func (c *directConn) listen() {
+	defer close(c.answers)
+	defer c.Close()
+	defer c.pool.end(c)
+	for clean := true; clean; {
+		c.room = maxAnswerHeader
+		_, err := c.br.Peek(1)
+		if !c.waiting.Swap(false) {
+			return
+		}
+		a := directAnswer{err: err}
+		if err == io.EOF {
+			a.err = errHungUp
+		} else if err == nil {
+			a = c.read()
+		}
+		if !c.sent.Load() && (a.err != nil || a.status/100 != 2) {
+			c.SetWriteDeadline(time.Unix(1, 0)) // no use to send the rest
+		}
+		clean = a.clean
+		c.answers <- a
+	}
+}
+
+// read reads one answer.
+func (c *directConn) read() directAnswer {
+	a := directAnswer{begun: true}
+	var resp *http.Response
+	for resp == nil || resp.StatusCode/100 == 1 && resp.StatusCode != http.StatusSwitchingProtocols {
+		if resp, a.err = http.ReadResponse(c.br, nil); a.err != nil {
+			return a
+		}
+	}
+	c.room = math.MaxInt64 // readAnswer has its own bound
+	var whole bool
+	a.answer, whole, a.err = readAnswer(resp) // its body is not closed: that would read on
+	a.clean = whole && !resp.Close && resp.StatusCode >= 200 && c.br.Buffered() == 0
+	return a
+}
+
+// Read is for br. The heads of one answer, interim ones too, have room for maxAnswerHeader together.
+func (c *directConn) Read(p []byte) (int, error) {
+	if c.room <= 0 {
+		return 0, errLongHead
+	}
+	n, err := c.Conn.Read(p[:min(int64(len(p)), c.room)])
+	c.room -= int64(n)
+	return n, err
+}
+
+// head is what stands before the body of p on the wire. RFC 9112, section 3.
+func (u *upstream) head(p *payload) ([]byte, error) {
+	own := u.link.header()
+	b := append(make([]byte, 0, 512), u.direct.line[p.route]...)
+	if p.query != "" {
+		b = append(append(b, '?'), p.query...)
+	}
+	b = append(append(b, " HTTP/1.1\r\nHost: "...), u.host(own)...)
+	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(p.body)), 10)
+	lines := 3
+	for name, values := range headers(p, own) {
+		for _, v := range values {
+			b = append(append(append(append(b, "\r\n"...), name...), ": "...), v...)
+			lines++
+		}
+	}
+	b = append(b, "\r\n\r\n"...)
+	// Nothing in a head that was parsed can bring a line of its own along, but it would be a second request.
+	if bytes.Count(b, []byte("\n")) != lines+1 || bytes.Count(b, []byte("\r")) != lines+1 {
+		return nil, errBadHead
+	}
+	return b, nil
 }

@@ -8,6 +8,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"container/list"
 	"context"
 	"crypto/rand"
@@ -16,6 +17,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"math/bits"
 	"net"
 	"net/http"
 	"os"
@@ -421,44 +424,57 @@ func (c *limitedConn) SetDeadline(t time.Time) error {
 }
 
 // A budget is the room that bodies have in memory, in bytes. Bodies wait for it in the order they came, so that a large
-// one is not passed over for ever by small ones; but first come those that have begun, as they hold room themselves.
-// Safe for concurrent use.
+// one is not passed over for ever by small ones; but first come those that have begun, as they hold room themselves. Room
+// is given step by step, and only where enough stays for all that have begun to be read to their ends, one after the
+// other (the banker's algorithm): bodies that fill the budget together take turns and never wait for each other. Safe
+// for concurrent use.
 type budget struct {
+	size    int64
+	metrics *metrics
+
 	mu      sync.Mutex
 	free    int64
-	used    int64
-	stuck   int64     // of used: held by those that wait for more
-	litter  int64     // given back, and perhaps not yet found by the collector
-	waiting list.List // of *claim
-	metrics *metrics
-	sweep   sync.Mutex // one collection at a time
+	growing map[*share]bool // those that have begun and may need more
+	waiting list.List       // of *claim
+
+	kept      [256][][]byte // used buffers, by class
+	keptBytes int64
+	litter    int64      // bytes of buffers let go, and perhaps not yet found by the collector
+	sweep     sync.Mutex // one collection at a time
 }
 
+// newBudget has room for size bytes.
+func newBudget(size int64, m *metrics) *budget {
+	return &budget{size: size, metrics: m, free: size, growing: map[*share]bool{}}
+}
+
+// A share is what one body has of a budget. It belongs to the budget while take runs.
+type share struct {
+	held  int64
+	limit int64 // the most it may come to need
+}
+
+func (s *share) need() int64 { return s.limit - s.held }
+
+// A claim is a share that waits for more.
 type claim struct {
-	bytes, held int64
-	granted     chan struct{} // closed under budget.mu
+	*share
+	bytes   int64
+	granted chan struct{} // closed under budget.mu
 }
 
-// take reserves n bytes for a body that holds some already or none, waiting for them until patience or ctx ends; false
-// if they did not come free, or never would because everybody who holds room waits for more.
-func (b *budget) take(ctx context.Context, n, held int64, patience time.Duration) bool {
+// take reserves n bytes more for s, waiting for them until patience or ctx ends; false if they did not come free. Call
+// give once for what s holds in the end, and before that whole.
+func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Duration) bool {
 	b.mu.Lock()
-	if n == 0 || b.free >= n && (held > 0 || b.waiting.Len() == 0) {
-		b.useLocked(n)
+	if (n == 0 || s.held > 0 || b.waiting.Len() == 0) && b.grantLocked(s, n) {
 		b.mu.Unlock()
 		return true
 	}
-	if held > 0 && b.stuck+held == b.used {
-		b.mu.Unlock()
-		return false
-	}
-	c := &claim{n, held, make(chan struct{})}
-	b.stuck += held
-	var place *list.Element
-	if held > 0 {
-		place = b.waiting.PushFront(c)
-	} else {
-		place = b.waiting.PushBack(c)
+	c := &claim{s, n, make(chan struct{})}
+	place := b.waiting.PushBack(c)
+	if s.held > 0 {
+		b.waiting.MoveToFront(place)
 	}
 	b.mu.Unlock()
 	over := time.NewTimer(patience)
@@ -475,41 +491,120 @@ func (b *budget) take(ctx context.Context, n, held int64, patience time.Duration
 	case <-c.granted:
 		return true // just now
 	default:
-		b.removeLocked(place)
-		b.grantLocked() // a smaller claim may have stood behind this one
+		b.waiting.Remove(place)
+		b.serveLocked() // a smaller claim may have stood behind this one
 		return false
 	}
 }
 
-func (b *budget) useLocked(n int64) {
+// grantLocked gives n bytes to s, if they are there and can be spared.
+func (b *budget) grantLocked(s *share, n int64) bool {
+	if n > b.free {
+		return false
+	}
 	b.free -= n
-	b.used += n
+	s.held += n
+	if s.held < s.limit && n > 0 {
+		b.growing[s] = true
+		if !b.safeLocked() {
+			b.free += n
+			s.held -= n
+			b.growing[s] = s.held > 0
+			return false
+		}
+	} else {
+		delete(b.growing, s)
+	}
 	b.metrics.inflightBytes.Add(n)
+	return true
 }
 
-func (b *budget) removeLocked(place *list.Element) *claim {
-	c := b.waiting.Remove(place).(*claim)
-	b.stuck -= c.held
-	return c
+// safeLocked tells whether all that are growing can get what they may still need, if each gives back what it has when it
+// is done. Those that need nothing more will be done in any case.
+func (b *budget) safeLocked() bool {
+	spare, most := b.size, int64(0)
+	for s := range b.growing {
+		spare, most = spare-s.held, max(most, s.need())
+	}
+	if most <= spare {
+		return true
+	}
+	for _, s := range slices.SortedFunc(maps.Keys(b.growing), func(s, t *share) int { return cmp.Compare(s.need(), t.need()) }) {
+		if s.need() > spare {
+			return false
+		}
+		spare += s.held
+	}
+	return true
+}
+
+// whole says that s needs no more.
+func (b *budget) whole(s *share) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.growing[s] {
+		delete(b.growing, s)
+		b.serveLocked()
+	}
 }
 
 // give returns n bytes.
 func (b *budget) give(n int64) {
+	b.metrics.inflightBytes.Add(-n)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.useLocked(-n)
-	b.litter += n
-	b.grantLocked()
+	b.free += n
+	b.serveLocked()
 }
 
-// tidy is to be called before bytes are used that were taken; left is the size of a buffer that they replace. It
-// collects garbage when bodies that are done with and those that are not together exceed the budget: left to itself the
-// collector comes too late when many large bodies replace each other at once.
-func (b *budget) tidy(left int64) {
+// serveLocked gives room to those that wait: to all that have begun, as far as it can be spared, then to the others in
+// their order.
+func (b *budget) serveLocked() {
+	var next *list.Element
+	for e := b.waiting.Front(); e != nil; e = next {
+		next = e.Next()
+		c := e.Value.(*claim)
+		if b.grantLocked(c.share, c.bytes) {
+			b.waiting.Remove(e)
+			close(c.granted)
+		} else if c.held == 0 {
+			return
+		}
+	}
+}
+
+// Bodies between these sizes, in bytes, are read into used buffers: allocating and clearing new ones, and the garbage
+// they become, would cost more than all else that is done with such a body. Smaller ones are cheap, larger ones rare.
+const (
+	smallestReused = 4 << 10
+	largestReused  = 1 << 20
+)
+
+// maxKept is how many bytes of used buffers are kept.
+const maxKept = 8 << 20
+
+// bufferClass is the index and the capacity of the buffers for n bytes, of which a sixteenth at most is not used.
+func bufferClass(n int64) (class int, capacity int64) {
+	shift := bits.Len64(uint64(n-1)) - 5
+	parts := (n-1)>>shift + 1 // 17 to 32
+	return (16*shift + int(parts)) % 256, parts << shift
+}
+
+// buffer returns an empty slice for n bytes that were taken. When buffers in use and those let go together exceed the
+// budget, it collects garbage first: left to itself the collector comes too late when many large bodies replace each
+// other at once.
+func (b *budget) buffer(n int64) []byte {
+	capacity := n
+	if n >= smallestReused && n <= largestReused {
+		var class int
+		class, capacity = bufferClass(n)
+		if used := b.reuse(class); used != nil {
+			return used
+		}
+	}
 	b.sweep.Lock()
 	defer b.sweep.Unlock()
 	b.mu.Lock()
-	b.litter += left
 	crowded := b.litter > b.free+maxLitter
 	if crowded {
 		b.litter = 0
@@ -518,14 +613,35 @@ func (b *budget) tidy(left int64) {
 	if crowded {
 		runtime.GC()
 	}
+	return make([]byte, 0, capacity)
 }
 
-func (b *budget) grantLocked() {
-	for e := b.waiting.Front(); e != nil && e.Value.(*claim).bytes <= b.free; e = b.waiting.Front() {
-		c := b.removeLocked(e)
-		b.useLocked(c.bytes)
-		close(c.granted)
+// reuse returns a kept buffer of that class, or nil.
+func (b *budget) reuse(class int) []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	last := len(b.kept[class]) - 1
+	if last < 0 {
+		return nil
 	}
+	used := b.kept[class][last]
+	b.kept[class] = slices.Delete(b.kept[class], last, last+1)
+	b.keptBytes -= int64(cap(used))
+	return used
+}
+
+// discard takes back what buffer returned. Nobody may read or write it any more.
+func (b *budget) discard(used []byte) {
+	size := int64(cap(used))
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if size < smallestReused || size > largestReused || b.keptBytes+size > maxKept {
+		b.litter += size
+		return
+	}
+	class, _ := bufferClass(size)
+	b.kept[class] = append(b.kept[class], used[:0])
+	b.keptBytes += size
 }
 
 // A route is what one of the two ways in does with a request's head: an exchange that reads its body and answers it.
@@ -629,7 +745,7 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 	x, f := rt(r)
 	var re reply
 	if f == nil {
-		re, f = g.relay(r, id, x, start)
+		re, f = g.relay(w, r, id, x, start)
 	}
 	// On HTTP/2 this sends GOAWAY: the client may go on with what it began, and begins nothing more.
 	if !g.ready() || r.ProtoMajor == 1 && g.conns.wantsRoom() {
@@ -671,35 +787,36 @@ func (g *gate) linger(w http.ResponseWriter, r *http.Request) {
 }
 
 // relay reads the body, sends it to all upstreams and returns what the client is to be told.
-func (g *gate) relay(r *http.Request, id routeID, x exchange, start time.Time) (reply, *fault) {
+func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x exchange, start time.Time) (reply, *fault) {
 	header, f := g.admit(r)
 	if f != nil {
 		return reply{}, f
 	}
-	patience := roomWait
-	timeout, timed := x.timeout()
-	if timed {
-		patience = min(patience, timeout)
+	last := start.Add(1<<63 - 1) // when to begin to answer
+	if g.writeTimeout > 0 {
+		last = start.Add(g.writeTimeout - min(answerMargin, g.writeTimeout/10))
 	}
-	body, charged, f := g.read(r, id, patience)
+	timeout, timed := x.timeout()
+	expires := last
+	if timed {
+		expires = earlier(last, start.Add(timeout))
+	}
+	body, held, f := g.read(w, r, id, last, min(roomWait, time.Until(expires)))
 	if f != nil {
 		return reply{}, f
 	}
 	p, f := x.payload(header, body)
 	if f != nil {
-		g.room.give(charged)
+		g.room.give(held)
 		return reply{}, f
 	}
-	p.free = func() { g.room.give(charged) }
+	p.free = func() {
+		g.room.discard(body)
+		g.room.give(held)
+	}
 	p.hold()
 	defer p.release()
-	p.expires = time.Now().Add(g.deliveryTimeout)
-	if timed {
-		p.timed, p.expires = true, earlier(p.expires, start.Add(timeout))
-	}
-	if g.writeTimeout > 0 {
-		p.expires = earlier(p.expires, start.Add(g.writeTimeout-min(answerMargin, g.writeTimeout/10)))
-	}
+	p.timed, p.expires = timed, earlier(expires, time.Now().Add(g.deliveryTimeout))
 	return g.fan.send(r.Context(), p)
 }
 
@@ -777,13 +894,17 @@ func checkTenant(header http.Header) *fault {
 	return nil
 }
 
-// read returns the whole body in one slice, and how many bytes of the budget it was charged, which the caller gives
-// back. It waits for room as long as patience lasts, all waits together. On a fault nothing stays charged.
-func (g *gate) read(r *http.Request, id routeID, patience time.Duration) (body []byte, charged int64, f *fault) {
+// read returns the whole body in one slice, and how many bytes of the budget it holds, which the caller gives back. It
+// waits for room as long as patience lasts, all waits together, and for the client until last or -server-read-timeout.
+// On a fault nothing stays taken.
+func (g *gate) read(w http.ResponseWriter, r *http.Request, id routeID, last time.Time, patience time.Duration) (body []byte, held int64, f *fault) {
 	if r.ContentLength > g.maxBody {
 		return nil, 0, g.tooLarge()
 	}
-	b := bodyBuffer{limit: r.ContentLength, first: firstStep, second: declaredStep}
+	if r.ContentLength != 0 && g.writeTimeout > 0 && (g.readTimeout == 0 || g.readTimeout > g.writeTimeout-answerMargin) {
+		http.NewResponseController(w).SetReadDeadline(last) // or nobody could be told that it was too slow
+	}
+	b := bodyBuffer{share: share{limit: r.ContentLength}, first: firstStep, second: declaredStep}
 	if b.limit < 0 {
 		b.limit, b.second = g.maxBody, firstStep
 	} else if r.ProtoMajor == 1 {
@@ -791,10 +912,11 @@ func (g *gate) read(r *http.Request, id routeID, patience time.Duration) (body [
 	}
 	defer func() { g.metrics.requestBytes[id].Add(int64(len(b.bytes))) }()
 	err := g.fill(r, &b, patience)
+	g.room.whole(&b.share)
 	if err == nil {
-		return b.bytes, b.charged, nil
+		return b.bytes, b.held, nil
 	}
-	g.room.give(b.charged)
+	g.room.give(b.held)
 	if f, ok := errors.AsType[*fault](err); ok {
 		return nil, 0, f
 	}
@@ -803,10 +925,9 @@ func (g *gate) read(r *http.Request, id routeID, patience time.Duration) (body [
 
 // A bodyBuffer is a body that is being read.
 type bodyBuffer struct {
+	share
 	bytes         []byte
-	charged       int64 // bytes of the budget
-	limit         int64 // most bytes
-	first, second int64 // steps towards them
+	first, second int64 // steps towards the limit
 }
 
 // fill reads a body to its end. The error is a *fault, or what ended the body too early.
@@ -815,8 +936,8 @@ func (g *gate) fill(r *http.Request, b *bodyBuffer, patience time.Duration) erro
 	var next [1]byte // shows whether a full buffer holds it all
 	for err == nil {
 		var n int
-		if len(b.bytes) < cap(b.bytes) {
-			n, err = r.Body.Read(b.bytes[len(b.bytes):cap(b.bytes)])
+		if int64(len(b.bytes)) < b.held {
+			n, err = r.Body.Read(b.bytes[len(b.bytes):b.held])
 			b.bytes = b.bytes[:len(b.bytes)+n]
 			continue
 		}
@@ -836,20 +957,21 @@ func (g *gate) fill(r *http.Request, b *bodyBuffer, patience time.Duration) erro
 
 // grow makes room in b for more, and returns what is left of patience.
 func (g *gate) grow(r *http.Request, b *bodyBuffer, patience time.Duration) (time.Duration, error) {
-	if b.charged > 0 && b.charged == b.limit {
+	if b.held > 0 && b.held == b.limit {
 		return 0, g.tooLarge()
 	}
 	size, asked := b.first, time.Now()
-	if b.charged > 0 {
-		size = max(b.second, 2*b.charged)
+	if b.held > 0 {
+		size = max(b.second, 2*b.held)
 	}
 	size = min(size, b.limit)
-	if !g.room.take(r.Context(), size-b.charged, b.charged, patience) {
+	if !g.room.take(r.Context(), &b.share, size-b.held, patience) {
 		return 0, &fault{status: http.StatusServiceUnavailable, code: codeUnavailable, retryAfter: "1", transient: true,
 			reason: rejectInflight, public: "the relay holds as many profiles as it may (-max-inflight-bytes): try again"}
 	}
-	g.room.tidy(b.charged)
-	b.bytes, b.charged = append(make([]byte, 0, size), b.bytes...), size
+	used := b.bytes
+	b.bytes = append(g.room.buffer(size), used...)
+	g.room.discard(used)
 	return patience - time.Since(asked), nil
 }
 

@@ -833,6 +833,9 @@ func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 		u.metrics = m.endpoint(u.name)
 		u.client.Store(newTransport(&u.retry, u.link))
 		u.link.changed = u.redial
+		if u.link.proxy == nil {
+			u.direct = newDirect(u.url)
+		}
 		if u.link.skipVerify {
 			log.Warn("tls-insecure-skip-verify: anybody on the way can pose as this upstream", "upstream", u.name)
 		}
@@ -931,7 +934,7 @@ func (r *relay) dataServer() *http.Server {
 		Handler: &gate{
 			maxBody: int64(c.maxBody), deliveryTimeout: c.deliveryTimeout, readTimeout: c.readTimeout, writeTimeout: c.writeTimeout,
 			forward: c.forward, via: newVia(), ingest: beginIngest, push: beginPush,
-			room: &budget{free: int64(c.maxInflight), metrics: r.metrics}, conns: r.conns, fan: r.fan,
+			room: newBudget(int64(c.maxInflight), r.metrics), conns: r.conns, fan: r.fan,
 			metrics: r.metrics, log: r.log, ready: r.ready, origins: http.NewCrossOriginProtection(),
 		},
 		ReadTimeout: c.readTimeout, WriteTimeout: c.writeTimeout, IdleTimeout: c.idleTimeout, MaxHeaderBytes: maxHeader,
