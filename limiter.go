@@ -508,8 +508,9 @@ func (b *budget) grantLocked(s *share, n int64) bool {
 		b.growing[s] = true
 		if !b.safeLocked() {
 			b.free += n
-			s.held -= n
-			b.growing[s] = s.held > 0
+			if s.held -= n; s.held == 0 {
+				delete(b.growing, s)
+			}
 			return false
 		}
 	} else {

@@ -44,10 +44,14 @@ const maxHeader = 32 << 10
 // maxStreams is how many requests one HTTP/2 connection may have open.
 const maxStreams = 250
 
-// http2Window is how much of its bodies an HTTP/2 connection may send before they are read, in bytes: this much per
-// connection is outside the budget of -max-inflight-bytes. A smaller window fails clients that have not yet read the
-// settings: until then they may send 65,535 bytes (RFC 9113, section 6.9.2).
-const http2Window = 64 << 10
+// What HTTP/2 clients may send before it is read, in bytes, for one request and for all of a connection: this much is
+// outside the budget of -max-inflight-bytes. A smaller window fails clients that have not yet read the settings: until
+// then they may send 65,535 bytes (RFC 9113, section 6.9.2). A connection's is larger, or a few requests that wait for
+// room would block all others.
+const (
+	http2Window     = 64 << 10
+	http2ConnWindow = 8 * http2Window
+)
 
 // http2Frame is the largest HTTP/2 frame, in bytes: the least that RFC 9113 allows, as every connection keeps a buffer
 // of that size.
@@ -941,7 +945,7 @@ func (r *relay) dataServer() *http.Server {
 		Protocols: protocols,
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: maxStreams, MaxReadFrameSize: http2Frame,
-			MaxReceiveBufferPerConnection: http2Window, MaxReceiveBufferPerStream: http2Window,
+			MaxReceiveBufferPerConnection: http2ConnWindow, MaxReceiveBufferPerStream: http2Window,
 		},
 		ConnState: countHandshakes(r.metrics.handshakeErrors, r.conns.state), ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
