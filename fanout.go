@@ -58,9 +58,12 @@ const (
 	pingPatience = 5 * time.Second
 )
 
-// minMirrorCharge is what a small body counts for in the mirrors' share of memory, in bytes: its bookkeeping is there
-// even when the body is empty.
-const minMirrorCharge = 4 << 10
+// A small body counts in the mirrors' share of memory for minMirrorCharge bytes, as its bookkeeping is there even when the
+// body is empty; but the share always has room for mirrorCount of them.
+const (
+	minMirrorCharge = 4 << 10
+	mirrorCount     = 4 << 10
+)
 
 // code is a Connect error code; its number is the gRPC status of the same name.
 // https://connectrpc.com/docs/protocol#error-codes
@@ -974,7 +977,7 @@ func (f *fanout) mirror(ctx context.Context, p *payload) {
 	if len(f.mirrors) == 0 {
 		return
 	}
-	charge := max(int64(cap(p.body)), minMirrorCharge) // what it really holds
+	charge := max(int64(cap(p.body)), min(minMirrorCharge, f.mirrorRoom/mirrorCount)) // of what it really holds
 	if f.mirrorHeld.Add(charge) > f.mirrorRoom {
 		f.mirrorHeld.Add(-charge)
 		for _, u := range f.mirrors {

@@ -424,10 +424,12 @@ func (c *config) validateDurations() error {
 }
 
 func (c *config) validateSizes() error {
-	if c.maxBody == 0 {
+	switch {
+	case c.maxBody == 0 && c.maxInflight == 0:
+		return errors.New("-max-body-size and -max-inflight-bytes must be above 0")
+	case c.maxBody == 0:
 		return errors.New("-max-body-size must be above 0")
-	}
-	if c.maxBody > c.maxInflight {
+	case c.maxBody > c.maxInflight:
 		return fmt.Errorf("-max-body-size (%s) must not be above -max-inflight-bytes (%s): such a body would never find room", &c.maxBody, &c.maxInflight)
 	}
 	return nil

@@ -247,6 +247,8 @@ type serverTLS struct {
 	authType, version string
 	auth              tls.ClientAuthType
 	minVersion        uint16
+	pair              tls.Certificate // these two for the sources alone
+	roots             *x509.CertPool
 	current           atomic.Pointer[tls.Config]
 }
 
@@ -291,21 +293,38 @@ func (s *serverTLS) open() ([]*source, error) {
 	if err := s.validate(); err != nil || !s.enabled() {
 		return nil, err
 	}
-	return openSources(&source{name: "server", inputs: []*input{&s.cert, &s.key, &s.ca}, apply: s.apply})
+	return openSources(
+		&source{name: "client CAs", inputs: []*input{&s.ca}, apply: s.applyCAs},
+		&source{name: "server certificate", inputs: []*input{&s.cert, &s.key}, apply: s.applyPair})
 }
 
-// apply makes what the next handshake uses. The three contents are those of certificate, key and CA.
-func (s *serverTLS) apply(contents [][]byte) error {
-	pair, err := parsePair(&s.cert, &s.key, contents[0], contents[1])
-	roots, caErr := parseCAs(&s.ca, contents[2])
-	if err = errors.Join(err, caErr); err != nil {
+func (s *serverTLS) applyCAs(contents [][]byte) error {
+	roots, err := parseCAs(&s.ca, contents[0])
+	if err != nil {
 		return err
 	}
+	s.roots = roots
+	s.renew()
+	return nil
+}
+
+func (s *serverTLS) applyPair(contents [][]byte) error {
+	pair, err := parsePair(&s.cert, &s.key, contents[0], contents[1])
+	if err != nil {
+		return err
+	}
+	s.pair = pair
+	s.renew()
+	return nil
+}
+
+// renew makes what the next handshake uses.
+func (s *serverTLS) renew() {
+	roots := s.roots
 	s.current.Store(&tls.Config{
-		Certificates: []tls.Certificate{pair}, MinVersion: s.minVersion, NextProtos: []string{"h2", "http/1.1"},
+		Certificates: []tls.Certificate{s.pair}, MinVersion: s.minVersion, NextProtos: []string{"h2", "http/1.1"},
 		ClientAuth: s.auth, ClientCAs: roots, VerifyConnection: func(cs tls.ConnectionState) error { return verifyResumed(cs, roots) },
 	})
-	return nil
 }
 
 // verifyResumed checks a resumed session's client certificate as a new one's: it was verified when the session began,
@@ -360,6 +379,8 @@ type link struct {
 	fixed                          http.Header // given in the command line itself
 	hidden                         []string    // secrets given there
 
+	roots   *x509.CertPool             // these two for the sources alone
+	pairs   []tls.Certificate          // the client's own; at most one
 	changed func()                     // called when config has a new value; may be nil
 	current atomic.Pointer[tls.Config] // nil: plain HTTP
 	own     atomic.Pointer[ownHeader]
@@ -472,7 +493,9 @@ func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, er
 	}
 	var all []*source
 	if u.Scheme == "https" {
-		all = append(all, &source{name: "TLS of upstream " + label, inputs: []*input{&l.ca, &l.cert, &l.key}, apply: l.applyTLS})
+		all = append(all,
+			&source{name: "CAs of upstream " + label, inputs: []*input{&l.ca}, apply: l.applyCAs},
+			&source{name: "client certificate of upstream " + label, inputs: []*input{&l.cert, &l.key}, apply: l.applyPair})
 	}
 	if l.password.given() || l.token.given() {
 		all = append(all, &source{name: "credentials of upstream " + label, inputs: []*input{&l.password, &l.token}, apply: l.applyCredentials})
@@ -480,23 +503,36 @@ func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, er
 	return openSources(all...)
 }
 
-// applyTLS makes what the next connection uses. The three contents are those of CA, certificate and key. Connections that
-// are open are left to whoever set changed.
-func (l *link) applyTLS(contents [][]byte) (err error) {
-	c := &tls.Config{ServerName: l.serverName, MinVersion: l.minVersion, InsecureSkipVerify: l.skipVerify}
-	c.RootCAs, err = parseCAs(&l.ca, contents[0])
-	if l.cert.given() {
-		pair, pairErr := parsePair(&l.cert, &l.key, contents[1], contents[2])
-		c.Certificates, err = []tls.Certificate{pair}, errors.Join(err, pairErr)
-	}
+func (l *link) applyCAs(contents [][]byte) error {
+	roots, err := parseCAs(&l.ca, contents[0])
 	if err != nil {
 		return err
 	}
-	l.current.Store(c)
+	l.roots = roots
+	l.renew()
+	return nil
+}
+
+func (l *link) applyPair(contents [][]byte) error {
+	if l.cert.given() {
+		pair, err := parsePair(&l.cert, &l.key, contents[0], contents[1])
+		if err != nil {
+			return err
+		}
+		l.pairs = []tls.Certificate{pair}
+	}
+	l.renew()
+	return nil
+}
+
+// renew makes what the next connection uses. Connections that are open are left to whoever set changed.
+func (l *link) renew() {
+	l.current.Store(&tls.Config{
+		ServerName: l.serverName, MinVersion: l.minVersion, InsecureSkipVerify: l.skipVerify, RootCAs: l.roots, Certificates: l.pairs,
+	})
 	if l.changed != nil {
 		l.changed()
 	}
-	return nil
 }
 
 // applyCredentials takes a password or a token; the newline that editors leave at its end is not part of it.

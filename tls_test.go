@@ -1323,3 +1323,28 @@ func FuzzLinkOptions(f *testing.F) {
 		}
 	})
 }
+
+// CAs that changed are used while the certificate beside them is broken, on both sides.
+func TestCAsFollowAloneToo(t *testing.T) {
+	t.Parallel()
+	f, old, fresh := newFolder(t), newAuthority(t), newAuthority(t)
+	flags := append(f.serverFlags(t, old.issue(t)), "-tls-client-ca-file", f.put(t, "ca.crt", old.pem),
+		"-tls-client-auth-type", "RequireAndVerifyClientCert", "-upstream", "https://h,tls-ca-file="+f.path("ca.crt")+
+			",tls-cert-file="+f.path("server.crt")+",tls-key-file="+f.path("server.key"))
+	c, err := parseConfig(flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.put(t, "server.crt", []byte("broken"))
+	f.put(t, "ca.crt", fresh.pem)
+	broken := 0
+	for _, s := range c.sources {
+		if _, err := s.look(); err != nil {
+			broken++
+		}
+	}
+	if in, out := c.tls.current.Load(), c.upstreams[0].link.current.Load(); broken != 2 ||
+		!in.ClientCAs.Equal(fresh.pool()) || !out.RootCAs.Equal(fresh.pool()) || len(in.Certificates[0].Certificate) == 0 || len(out.Certificates) != 1 {
+		t.Errorf("%d sources were broken; the new CAs are not in use, or the old certificates no longer", broken)
+	}
+}
