@@ -418,7 +418,7 @@ func TestRefusalsAreReadable(t *testing.T) {
 	t.Parallel()
 	release := make(chan struct{})
 	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { <-release })
-	relay := start(t, "-upstream", up.URL, "-max-body-size", "1MiB", "-max-inflight-bytes", "1MiB", "-delivery-timeout", "20s", "-remote-timeout", "20s", "-max-backoff-retries", "1")
+	relay := start(t, "-upstream", up.URL, "-max-body-size", "1MiB", "-max-inflight-bytes", "1MiB", "-delivery-timeout", "120s", "-remote-timeout", "120s", "-server-write-timeout", "150s", "-max-backoff-retries", "1")
 	full := dial(t, relay.addr)
 	write(t, full, ingestHead("Content-Length: 1048576\r\n")+strings.Repeat("x", 1<<20))
 	relay.awaitMetric(t, inflightSeries, 1<<20)
