@@ -882,6 +882,9 @@ func (r *relay) listen(ctx context.Context) error {
 		debug.SetMemoryLimit(c.memoryLimit(connStep))
 		r.conns.grown = func(most int) { debug.SetMemoryLimit(c.memoryLimit(most)) }
 	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	r.data, r.admin = r.dataServer(), r.adminServer()
 	return nil
 }
@@ -923,6 +926,10 @@ func passedSocket(fd int) (net.Listener, error) {
 	defer f.Close() // the listener has a descriptor of its own
 	return net.FileListener(f)
 }
+
+// gcPercent makes collections rarer than Go's 100 does, in place of which the memory limit bounds the heap: most of what
+// a request leaves behind is small, and the live heap as well.
+const gcPercent = 400
 
 // memoryLimit is the soft memory limit of the Go runtime (GOMEMLIMIT), in bytes, for that many connections.
 func (c *config) memoryLimit(connections int) int64 {
