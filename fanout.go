@@ -459,9 +459,9 @@ type upstream struct {
 	pending, pendingBytes atomic.Int64 // profiles being delivered
 }
 
-// deliver offers p until the upstream takes it, refuses it, or retries or the time of ctx run out; once, where there is
+// deliver offers p until the upstream takes it, refuses it, or retries or the time until end run out; once, where there is
 // a spool. It is the only place that retries in a client's time. It ends early when ctx is cancelled.
-func (u *upstream) deliver(ctx context.Context, p *payload) outcome {
+func (u *upstream) deliver(ctx context.Context, p *payload, end time.Time) outcome {
 	start := time.Now()
 	u.pending.Add(1)
 	u.pendingBytes.Add(int64(len(p.body)))
@@ -471,21 +471,16 @@ func (u *upstream) deliver(ctx context.Context, p *payload) outcome {
 		u.metrics.whole[p.route].observe(time.Since(start))
 	}()
 	for n := 0; ; n++ {
-		out := u.attempt(ctx, p, n)
+		out := u.attempt(ctx, p, n, end)
+		if out.verdict != transient || u.spool != nil || !u.retry.more(n, out.status) {
+			return out
+		}
 		wait := u.retry.delay(n, out.wait, rand.Float64())
-		if out.verdict != transient || u.spool != nil || !u.retry.more(n, out.status) || wait >= timeLeft(ctx) || !sleep(ctx, wait) {
+		if wait >= time.Until(end) || !sleep(ctx, wait) {
 			return out
 		}
 		u.metrics.retries.Add(1)
 	}
-}
-
-// timeLeft is the time until ctx ends: a very long one if it has no deadline.
-func timeLeft(ctx context.Context) time.Duration {
-	if t, ok := ctx.Deadline(); ok {
-		return time.Until(t)
-	}
-	return 1<<63 - 1
 }
 
 // sleep waits for d and reports whether ctx was still alive at the end.
@@ -523,17 +518,19 @@ func (u *upstream) offer(ctx context.Context, p *payload) outcome {
 // deliverInTime is deliver, cut short while there is time to use the spool.
 func (u *upstream) deliverInTime(ctx context.Context, p *payload) outcome {
 	if u.spool == nil {
-		return u.deliver(ctx, p)
+		return u.deliver(ctx, p, p.expires)
 	}
-	ctx, cancel := context.WithTimeout(ctx, attemptBefore(timeLeft(ctx)))
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(u.hurry, cancel)()
-	return u.deliver(ctx, p)
+	return u.deliver(ctx, p, time.Now().Add(attemptBefore(time.Until(p.expires))))
 }
 
 // spill puts p into the spool. When that takes longer than the client has, the client is told so, and the file may be
 // written all the same.
 func (u *upstream) spill(ctx context.Context, p *payload) outcome {
+	ctx, cancel := context.WithDeadline(ctx, p.expires)
+	defer cancel()
 	done := make(chan error, 1)
 	p.hold()
 	go func() {
@@ -568,7 +565,7 @@ func (u *upstream) spill(ctx context.Context, p *payload) outcome {
 
 // retake offers a profile out of the spool once; see recipient. Its time is that of one attempt.
 func (u *upstream) retake(ctx context.Context, p *payload) (trial, time.Duration) {
-	out := u.attempt(ctx, p, 0)
+	out := u.attempt(ctx, p, 0, time.Now().Add(math.MaxInt64))
 	switch {
 	case out.verdict == accepted:
 		u.settle(ctx, p, out)
@@ -607,14 +604,14 @@ func (o *outcome) trial(route routeID) trial {
 	return trialDoubtful
 }
 
-// attempt offers p once; n counts the attempts before this one.
-func (u *upstream) attempt(ctx context.Context, p *payload, n int) outcome {
+// attempt offers p once, before end; n counts the attempts before this one.
+func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time) outcome {
 	start := time.Now()
 	defer func() { u.metrics.attempt[p.route].observe(time.Since(start)) }()
 	if u.url == nil {
 		return u.logProfile(p)
 	}
-	deadline := start.Add(u.retry.attemptTime(n, timeLeft(ctx)))
+	deadline := start.Add(u.retry.attemptTime(n, end.Sub(start)))
 	a, err := u.exchange(ctx, deadline, p)
 	if a != nil && a.status != http.StatusOK {
 		a.body = u.link.hide(a.body)
@@ -954,8 +951,6 @@ func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
 	if !p.timed {
 		ctx = context.WithoutCancel(ctx)
 	}
-	ctx, cancel := context.WithDeadline(ctx, p.expires)
-	defer cancel()
 	outs := make([]outcome, len(f.required))
 	one := func(i int) {
 		outs[i] = f.required[i].offer(ctx, p)
@@ -991,9 +986,8 @@ func (f *fanout) mirror(ctx context.Context, p *payload) {
 	p.hold()
 	for _, u := range f.mirrors {
 		f.running.Go(func() {
-			ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), p.expires)
-			defer cancel()
-			u.settle(ctx, p, u.deliver(ctx, p))
+			ctx := context.WithoutCancel(ctx)
+			u.settle(ctx, p, u.deliver(ctx, p, p.expires))
 			if left.Add(-1) == 0 {
 				f.mirrorHeld.Add(-charge)
 				p.release()

@@ -82,7 +82,9 @@ type connLimiter struct {
 	metrics *metrics
 	log     *slog.Logger
 	full    throttle
-	grown   func(most int) // if not nil, told in steps of connStep how many connections were open at most
+
+	readTimeout time.Duration  // of HTTP/2 heads; 0 = none; constant
+	grown       func(most int) // if not nil, told in steps of connStep how many connections were open at most
 
 	mu       sync.Mutex
 	most     int // connStep and up
@@ -239,8 +241,14 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 	defer l.mu.Unlock()
 	c.known, c.serving, c.h2 = true, s != http.StateIdle, c.h2 || h2
 	c.busyLocked()
+	c.oweLocked(time.Time{})
+	c.fresh = s == http.StateIdle && c.h2 && !c.rested // a server of HTTP/2 says so before the first request
+	c.rested = c.rested || s == http.StateIdle
 	if s == http.StateIdle && (c.h2 || !c.unanswered.Load()) {
 		c.idleLocked()
+		if c.fresh || c.unanswered.Load() {
+			c.oweLocked(time.Now())
+		}
 	}
 }
 
@@ -264,7 +272,10 @@ type limitedConn struct {
 	looked   bool          // its last look has begun
 	gone     bool          // its time is over: every Read reports a timeout
 	h2       bool
+	rested   bool      // it was idle before
+	fresh    bool      // on HTTP/2: there was no request yet
 	heard    time.Time // when bytes came while it was idle; when it was accepted
+	owed     time.Time // on HTTP/2: since when it has said something that may be half a head; zero: it has not
 	deadline time.Time // for reading, as the server set it
 }
 
@@ -349,7 +360,7 @@ func (c *limitedConn) Read(p []byte) (int, error) {
 // stir notes that bytes were read. An HTTP/1 connection is busy from then on. On HTTP/2 they may be a ping: it stays
 // idle, for the shortest time of all, until the server says that they began a request.
 func (c *limitedConn) stir(p []byte) {
-	c.unanswered.Store(true)
+	answered := !c.unanswered.Swap(true)
 	if c.begun && !c.resting.Load() {
 		return
 	}
@@ -363,6 +374,27 @@ func (c *limitedConn) stir(p []byte) {
 	c.busyLocked()
 	if c.h2 && c.known {
 		c.idleLocked()
+		if c.owed.IsZero() || answered && !c.fresh {
+			c.oweLocked(c.heard)
+		}
+	}
+}
+
+// oweLocked gives an idle HTTP/2 connection readTimeout, from since on, to make its first request, or a request of what
+// it has said since it was last answered, for the server sets no such deadline. A zero since takes the deadline back. A
+// ping is answered at once, hence harmless; other frames than requests may end an idle connection earlier than
+// -server-idle-timeout, but never a busy one.
+func (c *limitedConn) oweLocked(since time.Time) {
+	if c.owed.Equal(since) || !c.h2 || c.limiter.readTimeout == 0 {
+		return
+	}
+	c.owed = since
+	switch {
+	case c.leaving:
+	case since.IsZero():
+		c.Conn.SetReadDeadline(c.deadline)
+	default:
+		c.Conn.SetReadDeadline(since.Add(c.limiter.readTimeout))
 	}
 }
 
@@ -377,7 +409,12 @@ func (c *limitedConn) woken() (again bool, err error) {
 	case !c.leaving && !c.deadline.IsZero() && !now.Before(c.deadline):
 		c.gone = !c.known // before the first request the server would set another deadline and go on waiting
 		return false, os.ErrDeadlineExceeded
+	case !c.leaving && !c.owed.IsZero() && (c.fresh || c.unanswered.Load()) && !now.Before(c.owed.Add(l.readTimeout)):
+		c.gone = true
+		return false, os.ErrDeadlineExceeded
 	case !c.leaving: // one of ours, too late
+		c.owed = time.Time{}
+		c.Conn.SetReadDeadline(c.deadline)
 		return true, nil
 	case !l.parked && !l.stopping: // another made the room
 		c.leaving = false

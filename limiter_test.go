@@ -85,12 +85,11 @@ func keepAlive(t testing.TB, c net.Conn) response {
 	return resp
 }
 
-// Clients that stall are cut by the read timeout, whatever they stall in, and get no profile through. A head that is
-// begun on an idle HTTP/2 connection does not end its idleness: the idle timeout cuts it.
+// Clients that stall are cut by the read timeout, whatever they stall in, and get no profile through.
 func TestSlowClientsAreCut(t *testing.T) {
 	t.Parallel()
 	up := newPeer(t, nil)
-	relay := start(t, "-upstream", up.URL, "-server-read-timeout", "300ms", "-server-idle-timeout", "600ms")
+	relay := start(t, "-upstream", up.URL, "-server-read-timeout", "300ms")
 	for _, test := range []struct{ name, sent, answer string }{
 		{"silent", "", ""},
 		{"half a request line", "POST /ing", "HTTP/1.1 400 "},
@@ -119,6 +118,33 @@ func TestSlowClientsAreCut(t *testing.T) {
 			}
 		}
 	})
+}
+
+// An HTTP/2 connection that has been served is cut when it stalls in a head, and kept when it is merely idle.
+func TestSlowHeadAfterARequest(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL, "-server-read-timeout", "200ms")
+	served := func(f gotFrame) bool { return f.kind == frameHeaders && f.flags&flagEnd != 0 }
+	request := func(stream uint32) string {
+		return frame(frameHeaders, flagEnd|flagEndHeaders, stream, requestBlock("/ingest"))
+	}
+	idle, stalled := dialHTTP2(t, relay.addr), dialHTTP2(t, relay.addr)
+	ours, theirs := bufio.NewReader(idle), bufio.NewReader(stalled)
+	for c, br := range map[net.Conn]*bufio.Reader{idle: ours, stalled: theirs} {
+		write(t, c, request(1))
+		frames(t, br, served)
+	}
+	write(t, stalled, frame(frameHeaders, 0, 3, requestBlock("/ingest")))
+	frames(t, theirs, func(gotFrame) bool { return false }) // to the end of the connection
+	answered := false
+	write(t, idle, request(3))
+	frames(t, ours, func(f gotFrame) bool {
+		answered = f.stream == 3 && served(f)
+		return answered
+	})
+	if !answered {
+		t.Error("the idle connection was ended as well")
+	}
 }
 
 // What is malformed or lies about itself is refused, and nothing of it is forwarded but what it said itself.

@@ -878,6 +878,7 @@ func (r *relay) listen(ctx context.Context) error {
 	}
 	r.adminSocket = admin
 	r.conns = limitListener(data, c.connLimit, r.metrics, r.log)
+	r.conns.readTimeout = c.readTimeout
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(c.memoryLimit(connStep))
 		r.conns.grown = func(most int) { debug.SetMemoryLimit(c.memoryLimit(most)) }
@@ -929,7 +930,7 @@ func passedSocket(fd int) (net.Listener, error) {
 
 // gcPercent makes collections rarer than Go's 100 does, in place of which the memory limit bounds the heap: most of what
 // a request leaves behind is small, and the live heap as well.
-const gcPercent = 400
+const gcPercent = 200
 
 // memoryLimit is the soft memory limit of the Go runtime (GOMEMLIMIT), in bytes, for that many connections.
 func (c *config) memoryLimit(connections int) int64 {
