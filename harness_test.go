@@ -306,23 +306,16 @@ func (p *peer) one(t testing.TB) received {
 	return got[0]
 }
 
-// deadAddr is an address of 127.0.0.1 that refuses connections. Its port stays taken until the test ends, so that no
-// other test listens there.
+// deadAddr is an address of 127.0.0.1 that refuses connections: the client's end of one. Its port stays taken until the
+// test ends, so that no other test listens there.
 func deadAddr(t testing.TB) string {
 	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	c, err := net.Dial("tcp", blackHole(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { syscall.Close(fd) })
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	name, err := syscall.Getsockname(fd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return "127.0.0.1:" + strconv.Itoa(name.(*syscall.SockaddrInet4).Port)
+	t.Cleanup(func() { c.Close() })
+	return c.LocalAddr().String()
 }
 
 // blackHole is the address of a server that accepts connections and never reads or answers.
