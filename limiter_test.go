@@ -842,11 +842,13 @@ func TestCutBodies(t *testing.T) {
 func TestIdleConnectionsMakeRoom(t *testing.T) {
 	t.Parallel()
 	release := make(chan struct{})
+	let := sync.OnceFunc(func() { close(release) })
 	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
 		if r.URL.RawQuery == "name=busy" {
 			<-release
 		}
 	})
+	t.Cleanup(let)
 	relay := start(t, "-upstream", up.URL, "-conn-limit", "3")
 	busy := dial(t, relay.addr)
 	write(t, busy, "POST /ingest?name=busy HTTP/1.1\r\nHost: relay\r\nContent-Length: 0\r\n\r\n")
@@ -854,7 +856,9 @@ func TestIdleConnectionsMakeRoom(t *testing.T) {
 	first := dial(t, relay.addr)
 	keepAlive(t, first)
 	h2 := newClient(t, "h2c")
-	post(t, h2, relay.url("/ingest"), nil)
+	for range 20 { // and meanwhile the server surely notices that first is idle
+		post(t, h2, relay.url("/ingest"), nil)
+	}
 	relay.awaitMetric(t, connectionsSeries, 3)
 	second := dial(t, relay.addr)
 	keepAlive(t, second) // takes the place of first
@@ -871,7 +875,7 @@ func TestIdleConnectionsMakeRoom(t *testing.T) {
 		t.Errorf("%v connections, want 3", n)
 	}
 	post(t, h2, relay.url("/ingest"), nil) // its client notices, and takes the place of third
-	close(release)
+	let()
 	if resp := readResponse(t, bufio.NewReader(busy)); resp.StatusCode != http.StatusOK {
 		t.Errorf("the busy connection got %d", resp.StatusCode)
 	}
