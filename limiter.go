@@ -845,6 +845,7 @@ func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x excha
 	}
 	p, f := x.payload(header, body)
 	if f != nil {
+		g.room.discard(body)
 		g.room.give(held)
 		return reply{}, f
 	}
@@ -954,6 +955,7 @@ func (g *gate) read(w http.ResponseWriter, r *http.Request, id routeID, last tim
 	if err == nil {
 		return b.bytes, b.held, nil
 	}
+	g.room.discard(b.bytes)
 	g.room.give(b.held)
 	if f, ok := errors.AsType[*fault](err); ok {
 		return nil, 0, f

@@ -1569,3 +1569,14 @@ func TestBudgetTidiesUp(t *testing.T) {
 		t.Error("not collected although the litter exceeds the budget")
 	}
 }
+
+// The buffer of a body that is refused is used again or counted as garbage, as that of any other.
+func TestRefusedBodiesAreTakenBack(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	g := &gate{maxBody: 1 << 20, room: newBudget(1<<20, m), metrics: m}
+	r := &http.Request{ProtoMajor: 1, ContentLength: 96 << 10, Body: &trickle{[]string{"cut"}, 0, io.ErrUnexpectedEOF}}
+	if _, _, f := g.read(nil, r, routeIngest, time.Time{}, roomWait); f == nil || g.room.keptBytes == 0 {
+		t.Errorf("%v; %d bytes kept", f, g.room.keptBytes)
+	}
+}
