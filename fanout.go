@@ -17,8 +17,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"mime"
@@ -160,7 +160,8 @@ type payload struct {
 	query   string      // raw
 	header  http.Header // canonical names, allow-listed
 	body    []byte
-	timed   bool // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
+	lines   []byte // what wire makes of header, for upstreams that set none; nil: not made
+	timed   bool   // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
 	expires time.Time
 	users   atomic.Int32
 	free    func() // called once, by the last release; may be nil
@@ -284,12 +285,13 @@ func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
 	if err != nil {
 		return judgeError(err)
 	}
-	wait, sane := parseRetryAfter(a.retryAfter, time.Now())
-	out := outcome{status: a.status, wait: wait}
+	out := outcome{status: a.status}
 	if out.verdict = a.verdict(p, r, codeOK); out.verdict == accepted {
 		out.reply = reply{body: a.body, encoding: a.encoding}
 		return out
 	}
+	wait, sane := parseRetryAfter(a.retryAfter, time.Now())
+	out.wait = wait
 	words, own := a.words(p.route)
 	out.verdict = a.verdict(p, r, own)
 	limited := a.status == http.StatusTooManyRequests // for the client to retry, even where the relay does not
@@ -627,11 +629,11 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 // connection that was pooled before: it may just have proved dead.
 func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload) (*answer, error) {
 	if u.direct != nil {
-		head, err := u.head(p)
+		message, err := u.message(p)
 		if err != nil {
 			return nil, err
 		}
-		return u.direct.exchange(ctx, deadline, head, p.body)
+		return u.direct.exchange(ctx, deadline, message)
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -693,10 +695,7 @@ func readAnswer(resp *http.Response) (a *answer, whole bool, err error) {
 // request is p as it goes to this upstream through its client. body makes its body, which may be needed again.
 func (u *upstream) request(ctx context.Context, p *payload, body func() (io.ReadCloser, error)) *http.Request {
 	own := u.link.header()
-	header := make(http.Header, len(p.header)+len(own)+1)
-	for name, values := range headers(p, own) {
-		header[name] = values
-	}
+	header := p.headers(own)
 	if header["User-Agent"] == nil {
 		header["User-Agent"] = []string{""} // or the transport would add its own
 	}
@@ -771,37 +770,30 @@ func target(base *url.URL, p *payload) *url.URL {
 // host is the value of Host; own are the headers that are set for this upstream.
 func (u *upstream) host(own http.Header) string { return cmp.Or(own.Get("Host"), u.url.Host) }
 
-// headers yields those of p and own as they go to an upstream, Host apart, in the order of their names. What is set for
-// the upstream wins.
-func headers(p *payload, own http.Header) iter.Seq2[string, []string] {
-	return func(yield func(string, []string) bool) {
-		names := make([]string, 0, 16)
-		for name := range p.header {
-			names = append(names, name)
-		}
-		for name := range own {
-			names = append(names, name)
-		}
-		if p.timed {
-			names = append(names, "Connect-Timeout-Ms")
-		}
-		slices.Sort(names)
-		for _, name := range slices.Compact(names) {
-			values := own[name]
-			switch {
-			case name == "Host":
-				continue
-			case values == nil && p.timed && name == "Connect-Timeout-Ms":
-				left := time.Until(p.expires).Milliseconds()
-				values = []string{strconv.FormatInt(max(1, left), 10)}
-			case values == nil:
-				values = p.header[name]
-			}
-			if !yield(name, values) {
-				return
-			}
-		}
+// headers are those of p as they go to an upstream that sets own, which wins; Host apart.
+func (p *payload) headers(own http.Header) http.Header {
+	h := make(http.Header, len(p.header)+len(own)+1)
+	maps.Copy(h, p.header)
+	if p.timed {
+		h["Connect-Timeout-Ms"] = []string{p.timeLeft()}
 	}
+	maps.Copy(h, own)
+	delete(h, "Host")
+	return h
+}
+
+// timeLeft is the value of Connect-Timeout-Ms for an attempt that begins now.
+func (p *payload) timeLeft() string {
+	return strconv.FormatInt(max(1, time.Until(p.expires).Milliseconds()), 10)
+}
+
+// wire is h as the end of the head of a message of HTTP/1.1. Line breaks in h become spaces.
+func wire(h http.Header) []byte {
+	var b bytes.Buffer
+	b.Grow(512)
+	h.Write(&b) // to memory: no error
+	b.WriteString("\r\n")
+	return b.Bytes()
 }
 
 // logProfile is the built-in upstream log: one line for each profile.
@@ -941,12 +933,46 @@ type fanout struct {
 	mirrorRoom int64 // bytes of bodies that mirrors may hold
 	mirrorHeld atomic.Int64
 	running    sync.WaitGroup // mirror deliveries, which outlive their requests
+	crew       crew
+}
+
+// maxCrew is how many goroutines without work are kept.
+const maxCrew = 64
+
+// A crew runs functions, each on a goroutine of its own, and keeps some of these: a new one would have to grow its stack
+// several times on the way down to the network, which costs as much as two system calls. Safe for concurrent use.
+type crew struct {
+	work chan func() // unbuffered: goes to one that is idle
+	idle atomic.Int32
+}
+
+// run calls f on another goroutine, at once.
+func (c *crew) run(f func()) {
+	select {
+	case c.work <- f:
+	default:
+		go c.stay(f)
+	}
+}
+
+// stay calls f, and then what else there is to do.
+func (c *crew) stay(f func()) {
+	for {
+		f()
+		if c.idle.Add(1) > maxCrew {
+			c.idle.Add(-1)
+			return
+		}
+		f = <-c.work
+		c.idle.Add(-1)
+	}
 }
 
 // send offers p to every upstream and returns when every required one has accepted it, or has it in its spool, or has
 // failed for good, or p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own
 // is given up, all else is delivered all the same. The caller keeps its own hold on p.
 func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
+	p.lines = wire(p.header)
 	f.mirror(ctx, p)
 	if !p.timed {
 		ctx = context.WithoutCancel(ctx)
@@ -955,12 +981,16 @@ func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
 	one := func(i int) {
 		outs[i] = f.required[i].offer(ctx, p)
 	}
-	var others sync.WaitGroup
-	for i := 1; i < len(outs); i++ {
-		others.Go(func() { one(i) })
-	}
 	if len(outs) == 0 {
 		return reply{}, nil
+	}
+	var others sync.WaitGroup
+	for i := 1; i < len(outs); i++ {
+		others.Add(1)
+		f.crew.run(func() {
+			defer others.Done()
+			one(i)
+		})
 	}
 	one(0)
 	others.Wait()
@@ -1069,7 +1099,7 @@ type directConn struct {
 	waiting atomic.Bool       // an exchange is to get what is read
 	sent    atomic.Bool       // its request is written
 	answers chan directAnswer // from listen; closed when it ends
-	parts   [2][]byte         // head and body: what out begins as
+	parts   [3][]byte         // what out begins as
 	out     net.Buffers
 
 	br   *bufio.Reader // these two for listen alone
@@ -1102,11 +1132,11 @@ func newDirect(u *url.URL) *direct {
 	return d
 }
 
-// exchange sends a request and reads the answer to its end, by deadline or until ctx ends. Head and body are not read
-// any more when it returns.
-func (d *direct) exchange(ctx context.Context, deadline time.Time, head, body []byte) (*answer, error) {
+// exchange sends a request and reads the answer to its end, by deadline or until ctx ends. The message is not read any
+// more when it returns.
+func (d *direct) exchange(ctx context.Context, deadline time.Time, message [3][]byte) (*answer, error) {
 	if c := d.take(); c != nil {
-		a := c.exchange(ctx, deadline, head, body)
+		a := c.exchange(ctx, deadline, message)
 		// A pooled connection that ends without a word was most likely closed because it was idle. No client is to wait
 		// for a backoff because of that: once, the request is sent again on a new connection.
 		if a.err == nil || a.begun || ctx.Err() != nil || !time.Now().Before(deadline) {
@@ -1117,7 +1147,7 @@ func (d *direct) exchange(ctx context.Context, deadline time.Time, head, body []
 	if err != nil {
 		return nil, err
 	}
-	a := c.exchange(ctx, deadline, head, body)
+	a := c.exchange(ctx, deadline, message)
 	return a.answer, a.err
 }
 
@@ -1194,12 +1224,15 @@ func (d *direct) end(c *directConn) {
 }
 
 // exchange sends one request and waits for its answer. It puts c back, or closes it.
-func (c *directConn) exchange(ctx context.Context, deadline time.Time, head, body []byte) directAnswer {
-	stop := context.AfterFunc(ctx, func() { c.Close() })
+func (c *directConn) exchange(ctx context.Context, deadline time.Time, message [3][]byte) directAnswer {
+	stop := func() bool { return true }
+	if ctx.Done() != nil {
+		stop = context.AfterFunc(ctx, func() { c.Close() })
+	}
 	c.SetDeadline(deadline)
 	c.sent.Store(false)
 	c.waiting.Store(true)
-	c.parts = [2][]byte{head, body}
+	c.parts = message
 	c.out = c.parts[:]
 	_, unsent := c.out.WriteTo(c.Conn)
 	c.sent.Store(true)
@@ -1279,26 +1312,24 @@ func (c *directConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// head is what stands before the body of p on the wire. RFC 9112, section 3.
-func (u *upstream) head(p *payload) ([]byte, error) {
+// message is p as it stands on the wire. RFC 9112, section 2.1.
+func (u *upstream) message(p *payload) ([3][]byte, error) {
 	own := u.link.header()
-	b := append(make([]byte, 0, 512), u.direct.line[p.route]...)
+	host := u.host(own)
+	if strings.ContainsAny(p.query, "\r\n") || strings.ContainsAny(host, "\r\n") {
+		return [3][]byte{}, errBadHead // nothing that was parsed has them, but they would begin a second request
+	}
+	b := append(make([]byte, 0, 256), u.direct.line[p.route]...)
 	if p.query != "" {
 		b = append(append(b, '?'), p.query...)
 	}
-	b = append(append(b, " HTTP/1.1\r\nHost: "...), u.host(own)...)
-	b = strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(p.body)), 10)
-	lines := 3
-	for name, values := range headers(p, own) {
-		for _, v := range values {
-			b = append(append(append(append(b, "\r\n"...), name...), ": "...), v...)
-			lines++
-		}
+	b = append(append(b, " HTTP/1.1\r\nHost: "...), host...)
+	b = append(strconv.AppendInt(append(b, "\r\nContent-Length: "...), int64(len(p.body)), 10), "\r\n"...)
+	lines := p.lines
+	if len(own) > 0 || lines == nil {
+		lines = wire(p.headers(own))
+	} else if p.timed {
+		b = append(append(append(b, "Connect-Timeout-Ms: "...), p.timeLeft()...), "\r\n"...)
 	}
-	b = append(b, "\r\n\r\n"...)
-	// Nothing in a head that was parsed can bring a line of its own along, but it would be a second request.
-	if bytes.Count(b, []byte("\n")) != lines+1 || bytes.Count(b, []byte("\r")) != lines+1 {
-		return nil, errBadHead
-	}
-	return b, nil
+	return [3][]byte{b, lines, p.body}, nil
 }

@@ -1073,3 +1073,27 @@ func TestRequestLines(t *testing.T) {
 		}
 	}
 }
+
+// What a crew runs never waits for what it ran before, and what it keeps of its goroutines is bounded.
+func TestCrew(t *testing.T) {
+	t.Parallel()
+	c := crew{work: make(chan func())}
+	for range 3 {
+		const many = 3 * maxCrew
+		var begun, done sync.WaitGroup
+		begun.Add(many)
+		done.Add(many)
+		release := make(chan struct{})
+		for range many {
+			c.run(func() {
+				defer done.Done()
+				begun.Done()
+				<-release
+			})
+		}
+		begun.Wait() // all side by side
+		close(release)
+		done.Wait()
+		eventually(t, "the crew is as large as it may be", func() bool { return c.idle.Load() == maxCrew })
+	}
+}

@@ -55,6 +55,11 @@ const lingerTime = 10 * time.Second // at most -server-read-timeout
 // answerMargin is kept between the last moment of a delivery and the write timeout, for writing the answer.
 const answerMargin = 500 * time.Millisecond
 
+// answerBy is how long after a request's head its answer is begun at the latest, with that write timeout.
+func answerBy(writeTimeout time.Duration) time.Duration {
+	return writeTimeout - min(answerMargin, writeTimeout/10)
+}
+
 // lastLook is how long a connection that is to make room is read once more: bytes that came meanwhile save it.
 const lastLook = 5 * time.Millisecond
 
@@ -832,7 +837,7 @@ func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x excha
 	}
 	last := start.Add(1<<63 - 1) // when to begin to answer
 	if g.writeTimeout > 0 {
-		last = start.Add(g.writeTimeout - min(answerMargin, g.writeTimeout/10))
+		last = start.Add(answerBy(g.writeTimeout))
 	}
 	timeout, timed := x.timeout()
 	expires := last
@@ -895,7 +900,7 @@ func (g *gate) admit(r *http.Request) (http.Header, *fault) {
 	if slices.Contains(nominated, "X-Scope-Orgid") {
 		return nil, badRequest(rejectTenant, "Connection must not name X-Scope-OrgID")
 	}
-	header := make(http.Header, len(g.forward)+1)
+	header := make(http.Header)
 	for _, name := range g.forward {
 		if v := r.Header[name]; v != nil && (len(nominated) == 0 || !slices.Contains(nominated, name)) {
 			header[name] = v
@@ -940,7 +945,7 @@ func (g *gate) read(w http.ResponseWriter, r *http.Request, id routeID, last tim
 	if r.ContentLength > g.maxBody {
 		return nil, 0, g.tooLarge()
 	}
-	if r.ContentLength != 0 && g.writeTimeout > 0 && (g.readTimeout == 0 || g.readTimeout > g.writeTimeout-answerMargin) {
+	if r.ContentLength != 0 && g.writeTimeout > 0 && (g.readTimeout == 0 || g.readTimeout > answerBy(g.writeTimeout)) {
 		http.NewResponseController(w).SetReadDeadline(last) // or nobody could be told that it was too slow
 	}
 	b := bodyBuffer{share: share{limit: r.ContentLength}, first: firstStep, second: declaredStep}

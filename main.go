@@ -830,7 +830,7 @@ func (r *relay) openSpools() error {
 
 // newFanout makes the upstreams of c.
 func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
-	f := &fanout{mirrorRoom: int64(c.maxInflight / 4)}
+	f := &fanout{mirrorRoom: int64(c.maxInflight / 4), crew: crew{work: make(chan func())}}
 	for i, uc := range c.upstreams {
 		u := &upstream{name: uc.label(), public: uc.name, required: uc.required, url: uc.url, retry: uc.retry, link: uc.link, log: log}
 		if u.public == "" {
@@ -944,14 +944,18 @@ func (r *relay) dataServer() *http.Server {
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true)
+	readTimeout := c.readTimeout
+	if readTimeout <= c.writeTimeout {
+		readTimeout = min(readTimeout, answerBy(c.writeTimeout)) // once for all, or each request would have to see to it
+	}
 	return &http.Server{
 		Handler: &gate{
-			maxBody: int64(c.maxBody), deliveryTimeout: c.deliveryTimeout, readTimeout: c.readTimeout, writeTimeout: c.writeTimeout,
+			maxBody: int64(c.maxBody), deliveryTimeout: c.deliveryTimeout, readTimeout: readTimeout, writeTimeout: c.writeTimeout,
 			forward: c.forward, via: newVia(), ingest: beginIngest, push: beginPush,
 			room: newBudget(int64(c.maxInflight), r.metrics), conns: r.conns, fan: r.fan,
 			metrics: r.metrics, log: r.log, ready: r.ready, origins: http.NewCrossOriginProtection(),
 		},
-		ReadTimeout: c.readTimeout, WriteTimeout: c.writeTimeout, IdleTimeout: c.idleTimeout, MaxHeaderBytes: maxHeader,
+		ReadTimeout: readTimeout, WriteTimeout: c.writeTimeout, IdleTimeout: c.idleTimeout, MaxHeaderBytes: maxHeader,
 		Protocols: protocols,
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: maxStreams, MaxReadFrameSize: http2Frame,
