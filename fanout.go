@@ -1117,7 +1117,7 @@ type directAnswer struct {
 var (
 	errHungUp   = errors.New("the connection was closed without an answer")
 	errLongHead = errors.New("the head of the answer is longer than 64 KiB")
-	errBadHead  = errors.New("a line break in a header")
+	errBadHead  = errors.New("a line break in the query or in Host")
 )
 
 // newDirect is nil for the upstreams that need an http.Transport: https:// ones, and names in need of encoding.

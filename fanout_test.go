@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"weak"
 )
 
 // A rawPeer is an upstream that speaks without HTTP's help. Which of its acts a request gets is what the request's
@@ -1096,4 +1098,24 @@ func TestCrew(t *testing.T) {
 		done.Wait()
 		eventually(t, "the crew is as large as it may be", func() bool { return c.idle.Load() == maxCrew })
 	}
+}
+
+// A goroutine that is kept keeps nothing of what it ran: that would be bodies, outside the budget.
+func TestCrewForgets(t *testing.T) {
+	t.Parallel()
+	c := crew{work: make(chan func())}
+	body := new([1 << 20]byte)
+	ref := weak.Make(body)
+	var done sync.WaitGroup
+	done.Add(1)
+	c.run(func() {
+		defer done.Done()
+		body[0] = 1
+	})
+	done.Wait()
+	eventually(t, "the goroutine is idle", func() bool { return c.idle.Load() == 1 })
+	eventually(t, "what it ran is collected", func() bool {
+		runtime.GC()
+		return ref.Value() == nil
+	})
 }

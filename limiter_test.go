@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -1578,5 +1580,24 @@ func TestRefusedBodiesAreTakenBack(t *testing.T) {
 	r := &http.Request{ProtoMajor: 1, ContentLength: 96 << 10, Body: &trickle{[]string{"cut"}, 0, io.ErrUnexpectedEOF}}
 	if _, _, f := g.read(nil, r, routeIngest, time.Time{}, roomWait); f == nil || g.room.keptBytes == 0 {
 		t.Errorf("%v; %d bytes kept", f, g.room.keptBytes)
+	}
+}
+
+// The room and the buffer of a body that its protocol refuses are free again.
+func TestMalformedBodyIsGivenBack(t *testing.T) {
+	t.Parallel()
+	const size = 1 << 20
+	g := &gate{maxBody: size, room: newBudget(size, newMetrics()), metrics: newMetrics(), via: newVia(), deliveryTimeout: time.Second}
+	r := httptest.NewRequest(http.MethodPost, pushPath, bytes.NewReader(make([]byte, smallestReused)))
+	r.Header.Set("Content-Type", "application/grpc")
+	x, f := beginPush(r)
+	if f != nil {
+		t.Fatal(f)
+	}
+	if _, f := g.relay(nil, r, routePush, x, time.Now()); f == nil || f.reason != rejectProtocol {
+		t.Errorf("got %v, want a fault of the protocol", f)
+	}
+	if g.room.free != size || g.room.keptBytes == 0 {
+		t.Errorf("%d of %d bytes free, %d bytes kept", g.room.free, size, g.room.keptBytes)
 	}
 }
