@@ -45,12 +45,12 @@ const maxHeader = 32 << 10
 const maxStreams = 250
 
 // What HTTP/2 clients may send before it is read, in bytes, for one request and for all of a connection: this much is
-// outside the budget of -max-inflight-bytes. A smaller window fails clients that have not yet read the settings: until
-// then they may send 65,535 bytes (RFC 9113, section 6.9.2). A connection's is larger, or a few requests that wait for
-// room would block all others.
+// outside the budget of -max-inflight-bytes. Until a client has read the settings it may send 65,535 bytes in any case
+// (RFC 9113, section 6.9.2); with a little more, a profile of 64 KiB need not wait for the window to open again. A
+// connection's is larger, or a few requests that wait for room would block all others.
 const (
-	http2Window     = 64 << 10
-	http2ConnWindow = 8 * http2Window
+	http2Window     = firstStep
+	http2ConnWindow = 512 << 10
 )
 
 // http2Frame is the largest HTTP/2 frame, in bytes: the least that RFC 9113 allows, as every connection keeps a buffer
