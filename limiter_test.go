@@ -336,13 +336,13 @@ func TestStreamFlood(t *testing.T) {
 	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 0)
 }
 
-// resets sends n requests of which each is reset at once. It does not stop when the relay hangs up.
+// resets sends n requests of which each is reset at once. It does not stop when the relay hangs up. It leaves c open: the
+// server does not wait for its GOAWAY to be sent once the client has ended its side.
 func resets(c *net.TCPConn, n int, flags byte) {
 	for i := range n {
 		id := uint32(2*i + 1)
 		io.WriteString(c, frame(frameHeaders, flags, id, requestBlock("/ingest"))+frame(frameReset, 0, id, "\x00\x00\x00\x08"))
 	}
-	c.CloseWrite()
 }
 
 // Requests that are begun and reset, over and over, reach no upstream and hold nothing afterwards.
@@ -351,7 +351,10 @@ func TestRapidReset(t *testing.T) {
 	up := newPeer(t, nil)
 	relay := start(t, "-upstream", up.URL)
 	c := dialHTTP2(t, relay.addr)
-	go resets(c, 3000, flagEndHeaders)
+	go func() {
+		resets(c, 3000, flagEndHeaders)
+		c.CloseWrite()
+	}()
 	served(t, relay)
 	if code := goAway(t, c); code != 0 && code != 11 {
 		t.Errorf("GOAWAY with code %d, want 11 (ENHANCE_YOUR_CALM) or none", code)
