@@ -12,15 +12,18 @@ import (
 // ingestPath is where profiles of the multipart, pprof, JFR and text kinds are posted, here and upstream.
 const ingestPath = "/ingest"
 
-// An ingest is one POST /ingest.
+// An ingest is one POST /ingest. The query is raw: URL.Query would drop pairs that hold a semicolon.
 type ingest struct{ query string }
 
+// beginIngest takes any head: what it means is the upstreams' to judge.
 func beginIngest(r *http.Request) (exchange, *fault) {
 	return &ingest{query: r.URL.RawQuery}, nil
 }
 
+// timeout is none: the route has no header for one.
 func (x *ingest) timeout() (time.Duration, bool) { return 0, false }
 
+// payload never fails. A body may be empty: that too is for the upstreams to judge.
 func (x *ingest) payload(header http.Header, body []byte) (*payload, *fault) {
 	return &payload{route: routeIngest, query: x.query, header: header, body: body}, nil
 }

@@ -37,11 +37,12 @@ import (
 	"time"
 )
 
-// maxHeader bounds the head of a client's request, in bytes; above it the answer is 431. The longest real one, a Go SDK
-// with 30 labels, is under 8 KiB.
+// maxHeader bounds the head of a client's request, in bytes; above it the answer is 431. On HTTP/1 net/http lets
+// another 4 KiB pass. The longest real one, a Go SDK with 30 labels, is under 8 KiB.
 const maxHeader = 32 << 10
 
-// maxStreams is how many requests one HTTP/2 connection may have open.
+// maxStreams is how many requests one HTTP/2 connection may have open (RFC 9113, section 6.5.2, which advises 100 at
+// least). It is Go's own default, written down because the steps of a body's buffer are chosen for it: see firstStep.
 const maxStreams = 250
 
 // What HTTP/2 clients may send before it is read, in bytes, for one request and for all of a connection: this much is
@@ -53,8 +54,8 @@ const (
 	http2ConnWindow = 512 << 10
 )
 
-// http2Frame is the largest HTTP/2 frame, in bytes: the least that RFC 9113 allows, as every connection keeps a buffer
-// of that size.
+// http2Frame is the largest HTTP/2 frame, in bytes: the least that RFC 9113, section 4.2, allows, as every connection
+// keeps a buffer of that size.
 const http2Frame = 16 << 10
 
 // What the memory limit of the Go runtime allows for besides bodies, in bytes: a base, in which a thousand connections
@@ -64,15 +65,20 @@ const (
 	connMemory = 32 << 10
 )
 
-// adminTimeout bounds every step of a request to the admin port.
+// adminTimeout bounds every step of a request to the admin port, and all of -healthcheck. Prometheus gives a scrape the
+// same 10 s unless it is told otherwise.
 const adminTimeout = 10 * time.Second
 
+// Exit codes. A wrong configuration has one of its own because starting again does not mend it: the systemd unit
+// restarts after every other failure.
 const exitOK, exitFailed, exitUsage = 0, 1, 2
 
 func main() { os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr)) }
 
-// run is the program: it returns the exit code. It ends by itself, at SIGTERM or SIGINT, or when ctx is cancelled, which
-// means the same.
+// run is the program: it returns the exit code. It ends by itself, at SIGTERM or SIGINT, or when ctx is cancelled,
+// which means the same. stdout gets what was asked for (-h, -version, -check, -healthcheck), stderr the faults and the
+// log. -h and -version are answered whatever else is wrong. A run that serves changes the whole process: the limits of
+// its garbage collector, and its environment.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	c, err := parseConfig(args)
 	switch {
@@ -104,7 +110,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return r.serve(ctx)
 }
 
-// byteSize is a flag value: a number of bytes, with an optional unit.
+// byteSize is a flag value: a number of bytes, with an optional unit. A flag's is from 0 to 1<<62, which leaves room in
+// an int64 for what is added to it.
 type byteSize int64
 
 const (
@@ -113,6 +120,7 @@ const (
 	gib byteSize = 1 << 30
 )
 
+// String gives the number in the first of byteUnits that divides it, and Set reads it back.
 func (b *byteSize) String() string {
 	for _, u := range byteUnits() {
 		if *b >= u.bytes && *b%u.bytes == 0 {
@@ -122,6 +130,7 @@ func (b *byteSize) String() string {
 	return strconv.FormatInt(int64(*b), 10)
 }
 
+// Set reads a whole number with one of byteUnits or none. Nothing may stand between the two, and units regard case.
 func (b *byteSize) Set(s string) error {
 	unit := byteSize(1)
 	for _, u := range byteUnits() {
@@ -138,11 +147,13 @@ func (b *byteSize) Set(s string) error {
 	return nil
 }
 
+// A byteUnit is what may follow a number: KiB is 1024 bytes, KB is 1000.
 type byteUnit struct {
 	name  string
 	bytes byteSize
 }
 
+// byteUnits lists the powers of two first: defaults are whole numbers of these, and are shown so.
 func byteUnits() []byteUnit {
 	return []byteUnit{{"GiB", gib}, {"MiB", mib}, {"KiB", kib}, {"GB", 1e9}, {"MB", 1e6}, {"KB", 1e3}}
 }
@@ -178,6 +189,7 @@ func (d *period) Set(s string) error {
 // lines is a flag that may be given several times; in the environment it holds one value a line.
 type lines []string
 
+// String is empty whatever l holds, so that -h shows no default.
 func (l *lines) String() string { return "" }
 
 func (l *lines) Set(s string) error {
@@ -185,35 +197,39 @@ func (l *lines) Set(s string) error {
 	return nil
 }
 
-// config is the command line: first as given, then, below the blank line, as validate made sense of it.
+// config is the command line: first as given, then, below the blank line, as validate made sense of it. It is fit for
+// use once parseConfig has returned it without an error; from then on its fields are read only.
 type config struct {
 	listenAddress, adminAddress, logLevel, logFormat string
-	listenPort, connLimit                            int
-	readTimeout, writeTimeout, idleTimeout           time.Duration
-	deliveryTimeout, shutdownDelay, shutdownTimeout  time.Duration
-	maxBody, maxInflight                             byteSize
-	retry                                            retryPolicy // of upstreams that do not say otherwise
+	listenPort, connLimit                            int           // 0 = any free port, no limit
+	readTimeout, writeTimeout, idleTimeout           time.Duration // 0 = none; an idleTimeout of 0 is the readTimeout
+	deliveryTimeout, shutdownDelay, shutdownTimeout  time.Duration // the first above 0, and below a writeTimeout
+	maxBody, maxInflight                             byteSize      // 0 < maxBody <= maxInflight
+	retry                                            retryPolicy   // of upstreams that do not say otherwise
 	upstream, forwardHeader                          lines
 	tls                                              *serverTLS
-	spoolDir, spoolFull                              string
-	spoolMax                                         byteSize
+	spoolDir, spoolFull                              string   // spoolDir "" = off
+	spoolMax                                         byteSize // for each upstream
 	check, healthcheck, version                      bool
 
 	flags     *flag.FlagSet
 	variables map[string]string // by flag: the variable that gave it
 	upstreams []upstreamConfig
-	forward   []string // canonical header names
+	forward   []string // canonical header names, the defaults included; no two alike
 	level     slog.Level
 	sources   []*source // of certificates and credentials
 }
 
 // An option is one flag, or a heading of -h where value is nil.
 type option struct {
-	value       any // a pointer that holds the default
+	value       any // a pointer that holds the default, of a type that parseConfig has a case for
 	name, usage string
 }
 
-// defaults is the configuration before any flag is read.
+// defaults is the configuration before any flag is read. What Alloy has too, in pyroscope.receive_http and
+// pyroscope.write, has Alloy's value. Most agents give up after 10 s: a delivery ends before that, and long before a
+// drain does. There is room for four of the largest bodies. The admin port is on loopback, since nothing is asked of
+// those who reach it.
 func defaults() *config {
 	return &config{
 		adminAddress: "127.0.0.1:8081", logLevel: "info", logFormat: "logfmt",
@@ -228,7 +244,7 @@ func defaults() *config {
 	}
 }
 
-// options lists the flags in the order of -h.
+// options lists the flags in the order of -h. Their values point into c.
 func (c *config) options() []option {
 	return []option{
 		{nil, "Listening", ""},
@@ -275,13 +291,15 @@ func (c *config) options() []option {
 	}
 }
 
-// parseConfig reads the command line and the environment. The error has one line for each fault; the config is there
-// in any case.
+// parseConfig reads the command line and the environment, and the files that they name. The error has one line for each
+// fault, or is [flag.ErrHelp]; the config is there in any case, to print the usage of or to see whether -version was
+// given.
 func parseConfig(args []string) (*config, error) {
 	c := defaults()
 	c.flags = flag.NewFlagSet("pyroscope-relay", flag.ContinueOnError)
 	c.flags.SetOutput(io.Discard)
-	c.flags.Usage = func() {}
+	c.flags.Usage = func() {} // or flag would print it at every fault
+	// Var takes what a value says of itself as the flag's default: here, before any is set, so that -h shows no secret.
 	for _, o := range c.options() {
 		switch v := o.value.(type) {
 		case *string:
@@ -300,10 +318,12 @@ func parseConfig(args []string) (*config, error) {
 	if errors.Is(err, flag.ErrHelp) {
 		return c, err
 	}
+	// In this order: what was given as an argument is not looked up, and both are there when they are validated.
 	return c, c.blame(errors.Join(err, c.readEnvironment(), c.validate()))
 }
 
-// readArgs parses all of args, going on after each fault so that all of them are reported.
+// readArgs parses all of args, going on after each fault so that all of them are reported. [flag.ErrHelp] comes back as
+// it is, whatever else is wrong.
 func (c *config) readArgs(args []string) error {
 	var faults []error
 	for {
@@ -325,7 +345,8 @@ func (c *config) readArgs(args []string) error {
 	}
 }
 
-// readEnvironment sets the flags that were not given from their variables.
+// readEnvironment sets the flags that were not given from their variables. One that is set but empty is an empty value,
+// not a missing one. The faults do not repeat values, which may be secret.
 func (c *config) readEnvironment() error {
 	c.variables = map[string]string{}
 	given := map[string]bool{}
@@ -356,7 +377,8 @@ func (c *config) readEnvironment() error {
 	return errors.Join(faults...)
 }
 
-// blame adds to each line of err the variables that gave the flags it names.
+// blame adds to each line of err the variables that gave the flags it names: who has only set variables would look for
+// the flag in vain.
 func (c *config) blame(err error) error {
 	if err == nil {
 		return nil
@@ -377,7 +399,9 @@ func variable(name string) string {
 	return "PYROSCOPE_RELAY_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 }
 
-// validate checks the flags one by one and against each other, and parses those that have a structure of their own.
+// validate checks the flags one by one and against each other, and parses those that have a structure of their own. It
+// reads the files that they name, opens no socket and writes nothing. Nothing is checked for -version, and only the
+// addresses for -healthcheck without an -upstream.
 func (c *config) validate() error {
 	switch {
 	case c.version:
@@ -387,10 +411,13 @@ func (c *config) validate() error {
 	case c.healthcheck && len(c.upstream) == 0:
 		return c.validateListening()
 	}
+	// The spool comes last: its folders are called after the upstreams.
 	return errors.Join(c.validateListening(), c.validateDurations(), c.validateSizes(), validateRetry("-", &c.retry),
 		c.validateLogging(), c.openTLS(), c.parseUpstreams(), c.parseForwardHeaders(), c.validateSpool())
 }
 
+// validateListening checks the form of addresses. Whether there are such addresses and whether they are free shows when
+// they are opened.
 func (c *config) validateListening() error {
 	var faults []error
 	if _, err := netip.ParseAddr(c.listenAddress); err != nil && strings.ContainsAny(c.listenAddress, ":[]/ ") {
@@ -407,6 +434,7 @@ func (c *config) validateListening() error {
 
 const maxPort = 1<<16 - 1
 
+// validPort reports whether s is the number of a port. 0 is one: the system picks it.
 func validPort(s string) bool {
 	n, err := strconv.Atoi(s)
 	return err == nil && n >= 0 && n <= maxPort
@@ -435,6 +463,7 @@ func (c *config) validateSizes() error {
 	return nil
 }
 
+// openTLS reads the server's certificate, key and client CAs, and takes note of what is to be followed.
 func (c *config) openTLS() (err error) {
 	c.sources, err = c.tls.open()
 	return err
@@ -457,6 +486,7 @@ func validateRetry(prefix string, r *retryPolicy) error {
 
 func (c *config) validateLogging() error {
 	var faults []error
+	// slog reads "info+2" too, a level between two names, which nothing here logs at.
 	if err := c.level.UnmarshalText([]byte(c.logLevel)); err != nil || strings.ContainsAny(c.logLevel, "+-") {
 		faults = append(faults, fmt.Errorf("-log-level %q is not one of debug, info, warn, error", c.logLevel))
 	}
@@ -472,7 +502,8 @@ const (
 	spoolDropOldest = "drop-oldest"
 )
 
-// validateSpool checks what can be known before the spool is opened.
+// validateSpool checks what can be known before the spool is opened, and leaves no trace on the disk. A directory that
+// is not there is no fault: opening creates it.
 func (c *config) validateSpool() error {
 	var faults []error
 	if c.spoolMax == 0 {
@@ -497,6 +528,7 @@ func (c *config) validateSpool() error {
 	return errors.Join(faults...)
 }
 
+// parseForwardHeaders makes the allow-list of request headers: the defaults, then those of -forward-header.
 func (c *config) parseForwardHeaders() error {
 	var faults []error
 	c.forward = forwarded()
@@ -510,7 +542,9 @@ func (c *config) parseForwardHeaders() error {
 	return errors.Join(faults...)
 }
 
-// checkHeaderName refuses what is no header name and the names that belong to one hop or that the relay sets itself.
+// checkHeaderName refuses what is no header name and the names that belong to one hop (RFC 9110, section 7.6.1) or that
+// the relay sets itself: framing, and the coding of answers, are settled anew with each upstream. Host is not among
+// them: an upstream's header may set it.
 func checkHeaderName(name string) error {
 	if !isHeaderName(name) {
 		return fmt.Errorf("%q is not a header name", name)
@@ -523,7 +557,7 @@ func checkHeaderName(name string) error {
 	return nil
 }
 
-// isHeaderName follows RFC 9110, section 5.6.2.
+// isHeaderName reports whether name is a token: RFC 9110, section 5.6.2.
 func isHeaderName(name string) bool {
 	const others = "!#$%&'*+-.^_`|~"
 	for _, r := range name {
@@ -536,13 +570,13 @@ func isHeaderName(name string) bool {
 
 // upstreamConfig is one -upstream. The name is empty if none was given.
 type upstreamConfig struct {
-	name     string
-	url      *url.URL // nil: log
-	required bool
-	header   http.Header
-	retry    retryPolicy
-	link     *link
-	sources  []*source // of link
+	name     string      // printable, at most maxWords bytes
+	url      *url.URL    // nil: log; no slash at the end of its path
+	required bool        // false: a mirror
+	header   http.Header // set on every request, over a forwarded one
+	retry    retryPolicy // the flags', where no option says otherwise
+	link     *link       // never nil; opened unless url is nil
+	sources  []*source   // of link
 }
 
 // open checks the options on how the upstream is reached and reads the files they name.
@@ -553,7 +587,8 @@ func (u *upstreamConfig) open() (err error) {
 	return err
 }
 
-// label is the upstream's name in metrics and logs.
+// label is the upstream's name in metrics and logs, and of its folder in the spool. Clients do not hear it where it is
+// the URL: see upstream.public.
 func (u *upstreamConfig) label() string {
 	switch {
 	case u.name != "":
@@ -567,6 +602,8 @@ func (u *upstreamConfig) label() string {
 // logUpstream is the URL of the built-in upstream.
 const logUpstream = "log:"
 
+// parseUpstreams reads every -upstream and the files they name. Faults call each by its number: its text may hold a
+// secret. Labels differ, as metrics and the folders of the spool are told apart by them.
 func (c *config) parseUpstreams() error {
 	if len(c.upstream) == 0 {
 		return errors.New("-upstream is missing: say where profiles go, or -upstream log: to see them logged")
@@ -588,7 +625,8 @@ func (c *config) parseUpstreams() error {
 	return errors.Join(faults...)
 }
 
-// prefixed puts prefix before each of the errors that were joined to err.
+// prefixed puts prefix before each of the errors that were joined to err: each is a line of the report, and must say
+// for itself where it belongs.
 func prefixed(prefix string, err error) (faults []error) {
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		for _, e := range joined.Unwrap() {
@@ -600,7 +638,8 @@ func prefixed(prefix string, err error) (faults []error) {
 }
 
 // parseUpstream reads one -upstream: a CSV record of a URL and options. Faults never repeat the URL or a value, where
-// there may be a secret.
+// there may be a secret. All are reported, as errors joined, those of the files that options name among them. retry is
+// the flags' policy, for options to change.
 func parseUpstream(spec string, retry retryPolicy) (upstreamConfig, error) {
 	u := upstreamConfig{required: true, header: http.Header{}, retry: retry, link: newLink()}
 	r := csv.NewReader(strings.NewReader(spec))
@@ -631,7 +670,7 @@ func parseUpstream(spec string, retry retryPolicy) (upstreamConfig, error) {
 	if faults[0] == nil {
 		faults = append(faults, u.open())
 	}
-	if u.retry != retry {
+	if u.retry != retry { // or what is wrong with the flags would be told again for each upstream
 		faults = append(faults, validateRetry("", &u.retry))
 	}
 	return u, errors.Join(faults...)
@@ -640,6 +679,8 @@ func parseUpstream(spec string, retry retryPolicy) (upstreamConfig, error) {
 // errNoOption is all that is said of an unknown option: its name may be a piece of a secret with a comma in it.
 var errNoOption = errors.New("there is no option of that name")
 
+// parseURL reads the URL, and leaves u.url nil for log:. Slashes at its end are dropped, as the routes' paths, which
+// begin with one, are put after it.
 func (u *upstreamConfig) parseURL(s string) error {
 	if s == logUpstream {
 		return nil
@@ -668,7 +709,7 @@ func (u *upstreamConfig) parseURL(s string) error {
 	return err
 }
 
-// set gives one option its value.
+// set gives one option its value. The error is errNoOption, or says what is wrong without the value.
 func (u *upstreamConfig) set(name, value string) (err error) {
 	if ok, err := u.link.set(name, value); ok && err != nil {
 		return fmt.Errorf("option %s has a value that cannot be used: %w", name, err)
@@ -707,6 +748,8 @@ func (u *upstreamConfig) set(name, value string) (err error) {
 	return nil
 }
 
+// addHeader reads "Name: value". Control characters but the tab are refused (RFC 9110, section 5.5): a line break in a
+// value would begin another header.
 func (u *upstreamConfig) addHeader(line string) error {
 	name, value, ok := strings.Cut(line, ":")
 	value = strings.TrimSpace(value)
@@ -755,6 +798,7 @@ func (c *config) printUsage(w io.Writer) {
 		"The URL log: stands for a built-in upstream that logs a line for each profile.\n")
 }
 
+// newLogger logs to w, each line in one Write, one at a time.
 func newLogger(w io.Writer, c *config) *slog.Logger {
 	options := &slog.HandlerOptions{Level: c.level, ReplaceAttr: printable}
 	if c.logFormat == "json" {
@@ -771,18 +815,19 @@ func printable(_ []string, a slog.Attr) slog.Attr {
 	return a
 }
 
-// A relay is the running program.
+// A relay is the running program. Its steps are newRelay, openSpools, listen and serve, once each, in this order.
 type relay struct {
 	config      *config
 	log         *slog.Logger
 	metrics     *metrics
 	fan         *fanout
 	conns       *connLimiter // nil until listen
-	data, admin *http.Server
+	data, admin *http.Server // nil until listen
 	adminSocket net.Listener // nil: off
-	draining    atomic.Bool
+	draining    atomic.Bool  // never reset
 }
 
+// newRelay puts the parts together. It opens nothing and starts nothing.
 func newRelay(c *config, log *slog.Logger) *relay {
 	r := &relay{config: c, log: log, metrics: newMetrics()}
 	r.fan = newFanout(c, r.metrics, log)
@@ -803,6 +848,7 @@ func (r *relay) openSpools() error {
 	if err != nil {
 		return err
 	}
+	// drain calls it while there is still time to put what is under way into the spool.
 	hurry, cancel := context.WithCancel(context.Background())
 	r.fan.hurry = cancel
 	var names []string
@@ -828,7 +874,8 @@ func (r *relay) openSpools() error {
 	return err
 }
 
-// newFanout makes the upstreams of c.
+// newFanout makes the upstreams of c, whose links belong to it from then on. Mirrors may hold a quarter of the memory
+// for bodies, so that the slowest of them leaves the other three to the clients that wait.
 func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 	f := &fanout{mirrorRoom: int64(c.maxInflight / 4), crew: crew{work: make(chan func())}}
 	for i, uc := range c.upstreams {
@@ -838,7 +885,7 @@ func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 		}
 		u.metrics = m.endpoint(u.name)
 		u.client.Store(newTransport(&u.retry, u.link))
-		u.link.changed = u.redial
+		u.link.changed = u.redial // without a lock: nothing follows the files before serve
 		if u.link.proxy == nil {
 			u.direct = newDirect(u.url)
 		}
@@ -857,7 +904,9 @@ func newFanout(c *config, m *metrics, log *slog.Logger) *fanout {
 	return f
 }
 
-// listen opens both ports, save those that the service manager has opened already.
+// listen opens both ports, save those that the service manager has opened already, and makes their servers. It sets the
+// runtime's memory limit and the pace of its garbage collector, unless GOMEMLIMIT or GOGC is set. The error names the
+// flags, or LISTEN_FDS.
 func (r *relay) listen(ctx context.Context) error {
 	c := r.config
 	data, admin, err := passedSockets()
@@ -891,7 +940,9 @@ func (r *relay) listen(ctx context.Context) error {
 }
 
 // passedSockets returns the listening sockets that this process was started with (sd_listen_fds(3)): the one that
-// LISTEN_FDNAMES calls "admin", and the other one. It takes the variables out of the environment.
+// LISTEN_FDNAMES calls "admin", and the other one; nil for what was not passed. Variables whose LISTEN_PID is another
+// process's are not meant for this one; without LISTEN_PID they are. It takes the variables out of the environment.
+// After an error some sockets may stay open.
 func passedSockets() (data, admin net.Listener, err error) {
 	const first = 3 // descriptors 0 to 2 are the standard streams
 	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
@@ -922,6 +973,7 @@ func passedSockets() (data, admin net.Listener, err error) {
 	return data, admin, nil
 }
 
+// passedSocket makes a listener of a descriptor, and closes the descriptor even when it is none.
 func passedSocket(fd int) (net.Listener, error) {
 	f := os.NewFile(uintptr(fd), "passed socket")
 	defer f.Close() // the listener has a descriptor of its own
@@ -932,15 +984,17 @@ func passedSocket(fd int) (net.Listener, error) {
 // a request leaves behind is small, and the live heap as well.
 const gcPercent = 200
 
-// memoryLimit is the soft memory limit of the Go runtime (GOMEMLIMIT), in bytes, for that many connections.
+// memoryLimit is the soft memory limit of the Go runtime (GOMEMLIMIT), in bytes, for that many connections, connStep at
+// least.
 func (c *config) memoryLimit(connections int) int64 {
 	return int64(c.maxInflight) + baseMemory + int64(connections-connStep)*connMemory
 }
 
-// dataServer is the HTTP server that clients talk to.
+// dataServer is the HTTP server that clients talk to. What net/http has to say of them goes to the log at debug level:
+// any client can make it say something.
 func (r *relay) dataServer() *http.Server {
 	c := r.config
-	protocols := new(http.Protocols)
+	protocols := new(http.Protocols) // all of them: what is not in the set is not served
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true)
@@ -962,10 +1016,12 @@ func (r *relay) dataServer() *http.Server {
 			MaxReceiveBufferPerConnection: http2ConnWindow, MaxReceiveBufferPerStream: http2Window,
 		},
 		ConnState: countHandshakes(r.metrics.handshakeErrors, r.conns.state), ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
-		DisableGeneralOptionsHandler: true,
+		DisableGeneralOptionsHandler: true, // OPTIONS * is answered 404 as all else that is not served
 	}
 }
 
+// adminServer is the HTTP server of the admin port: plain HTTP/1, and outside the connection limit, so that metrics can
+// be read when the data port is full.
 func (r *relay) adminServer() *http.Server {
 	return &http.Server{
 		Handler:     r.metrics.adminHandler(r.ready),
@@ -974,11 +1030,13 @@ func (r *relay) adminServer() *http.Server {
 	}
 }
 
+// ready is what /ready says: true until drain. Safe for concurrent use.
 func (r *relay) ready() bool { return !r.draining.Load() }
 
-// serve runs until it is told to stop or cannot go on, and returns the exit code.
+// serve runs until it is told to stop or cannot go on, and returns the exit code. The admin port answers to the end of
+// a drain.
 func (r *relay) serve(ctx context.Context) int {
-	signals := make(chan os.Signal, 2)
+	signals := make(chan os.Signal, 2) // one to stop, one to stop at once: signal.Notify drops what finds no room
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
 	hangups := make(chan os.Signal, 1)
@@ -987,17 +1045,17 @@ func (r *relay) serve(ctx context.Context) int {
 	following, unfollow := context.WithCancel(ctx)
 	defer unfollow()
 	go follow(following, r.config.sources, hangups, r.log)
-	failed := make(chan error, 2)
+	failed := make(chan error, 2) // both servers may end, and after the select nobody asks
 	if r.adminSocket != nil {
 		r.log.Info("admin listening", "addr", r.adminSocket.Addr())
 		go func() { failed <- r.admin.Serve(r.adminSocket) }()
 	}
 	defer r.admin.Close()
-	r.fan.startSpools()
+	r.fan.startSpools() // before the first request: one that fails needs the spool's recipient
 	go func() { failed <- r.serveData() }()
 	r.log.Info("listening", "addr", r.conns.Addr())
 	r.notify("READY=1")
-	alive, end := context.WithCancel(context.WithoutCancel(ctx))
+	alive, end := context.WithCancel(context.WithoutCancel(ctx)) // a drain may take longer than the watchdog's patience
 	defer end()
 	go r.watchdog(alive)
 	select {
@@ -1019,17 +1077,19 @@ func (r *relay) serve(ctx context.Context) int {
 	return exitOK
 }
 
-// serveData serves clients until the server is shut down, over TLS if there is a certificate.
+// serveData serves clients until the server is shut down, over TLS if there is a certificate. The error is never nil.
 func (r *relay) serveData() error {
 	if r.config.tls.enabled() {
 		r.data.TLSConfig = r.config.tls.config()
-		return r.data.ServeTLS(r.conns, "", "")
+		return r.data.ServeTLS(r.conns, "", "") // files named here would be read once, and used for ever
 	}
 	return r.data.Serve(r.conns)
 }
 
 // drain stops taking requests and waits for those in flight, until -shutdown-timeout or another signal. Its deadline is
-// its own: ctx may have ended already.
+// its own: ctx may have ended already. /ready says no from its first moment on, while the listener stays open for
+// -shutdown-delay: load balancers need that time to notice. The error says what cut it short; then requests may be
+// left.
 func (r *relay) drain(ctx context.Context, signals <-chan os.Signal) error {
 	r.draining.Store(true)
 	patient, lose := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -1049,6 +1109,7 @@ func (r *relay) drain(ctx context.Context, signals <-chan os.Signal) error {
 	if r.fan.hurry != nil { // time for the spool, and as much for Shutdown, which looks only so often
 		defer time.AfterFunc(attemptBefore(attemptBefore(r.config.shutdownTimeout)), r.fan.hurry).Stop()
 	}
+	// In this order: connections bring requests, and requests start deliveries; fan.wait wants no send under way.
 	// Shutdown comes last: from its first moment on, the server drops requests that it has only just read.
 	r.conns.Close()
 	if !r.conns.wait(timed) || !r.answered(timed) || !r.fan.wait(timed) || r.data.Shutdown(timed) != nil {
@@ -1068,7 +1129,8 @@ func (r *relay) answered(ctx context.Context) bool {
 	return true
 }
 
-// notify tells the service manager what the relay is about (sd_notify(3)), if there is one.
+// notify tells the service manager what the relay is about (sd_notify(3)), if there is one. A failure is logged and
+// changes nothing. An address that begins with @ is an abstract one, which package net knows.
 func (r *relay) notify(state string) {
 	socket := os.Getenv("NOTIFY_SOCKET")
 	if socket == "" {
@@ -1085,7 +1147,7 @@ func (r *relay) notify(state string) {
 }
 
 // watchdog tells the service manager that the process lives, until ctx ends, if it asked for that
-// (sd_watchdog_enabled(3)).
+// (sd_watchdog_enabled(3)): twice in each WATCHDOG_USEC microseconds, as advised there.
 func (r *relay) watchdog(ctx context.Context) {
 	usec, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
 	pid := os.Getenv("WATCHDOG_PID")
@@ -1097,7 +1159,8 @@ func (r *relay) watchdog(ctx context.Context) {
 	}
 }
 
-// healthcheck asks the relay whose admin port has that address whether it is ready, and returns the exit code.
+// healthcheck asks the relay whose admin port has that address whether it is ready, and returns the exit code: exitOK,
+// or exitFailed with the reason on stderr. An address that stands for all is asked on loopback.
 func healthcheck(ctx context.Context, address string, stdout, stderr io.Writer) int {
 	host, port, _ := net.SplitHostPort(address) // validated
 	switch host {
@@ -1113,7 +1176,7 @@ func healthcheck(ctx context.Context, address string, stdout, stderr io.Writer) 
 		fmt.Fprintln(stderr, err)
 		return exitFailed
 	}
-	resp, err := new(http.Transport).RoundTrip(r)
+	resp, err := new(http.Transport).RoundTrip(r) // the default one would ask a proxy from the environment
 	if err != nil {
 		fmt.Fprintln(stderr, err)
 		return exitFailed

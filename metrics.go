@@ -22,7 +22,8 @@ import (
 	"time"
 )
 
-// routeID says which door a request came in by. It is the value of the route label.
+// routeID says which door a request came in by. It is the value of the route label. The two that bring profiles come
+// first: arrays about profiles have room for these alone.
 type routeID int
 
 const (
@@ -39,16 +40,17 @@ func (r routeID) String() string {
 
 // Reasons of pyroscope_receive_http_rejected_total: why the relay itself turned a request away.
 const (
-	rejectBodySize    = "body_size"
-	rejectBodyRead    = "body_read"
-	rejectInflight    = "inflight"
-	rejectTenant      = "tenant"
-	rejectProtocol    = "protocol"
-	rejectCrossOrigin = "cross_origin"
-	rejectLoop        = "loop"
-	rejectSpoolFull   = "spool_full"
+	rejectBodySize    = "body_size"    // over -max-body-size
+	rejectBodyRead    = "body_read"    // the body ended early, or came too slowly
+	rejectInflight    = "inflight"     // no room in -max-inflight-bytes
+	rejectTenant      = "tenant"       // two, one that cannot be, or one that Connection nominates
+	rejectProtocol    = "protocol"     // no valid Connect, gRPC or gRPC-Web call
+	rejectCrossOrigin = "cross_origin" // from a browser on another site
+	rejectLoop        = "loop"         // it has been here before
+	rejectSpoolFull   = "spool_full"   // the spool of a required upstream could not take it
 )
 
+// rejectReasons lists all of them: one that is missing here has no counter, and counting it would be a nil dereference.
 func rejectReasons() []string {
 	return []string{rejectBodySize, rejectBodyRead, rejectInflight, rejectTenant, rejectProtocol, rejectCrossOrigin, rejectLoop, rejectSpoolFull}
 }
@@ -68,19 +70,22 @@ const (
 	dropSpoolDamaged  = "spool_damaged"  // the file was not as it was written, or gone
 )
 
+// dropReasons lists all of them, as rejectReasons does.
 func dropReasons() []string {
 	return []string{dropRefused, dropUnavailable, dropDeadline, dropAbandoned, dropBacklog, dropShutdown,
 		dropSpoolFull, dropSpoolOldest, dropSpoolRejected, dropSpoolDamaged}
 }
 
-// A family is one metric name: its series share help text and kind.
+// A family is one metric name: its series share help text and kind. The kind is counter, gauge or histogram, the TYPE
+// of the Prometheus text format. The help is written as it is: no backslash and no line break may be in it.
 type family struct {
 	name, help, kind string
 	series           *expvar.Map // label text -> value; the one key "" where there are no labels
 }
 
-// metrics holds every number the relay keeps. All methods and fields are safe for concurrent use; the set of
-// families is complete once newMetrics and the endpoint calls made at start have returned.
+// metrics holds every number the relay keeps. All methods and fields are safe for concurrent use; the set of families
+// is complete once newMetrics and certificate have returned, and their series, but for those of requests, once endpoint
+// and spool have.
 type metrics struct {
 	families []family
 
@@ -91,11 +96,14 @@ type metrics struct {
 	requestBytes [routes]*expvar.Int
 	rejected     map[string]*expvar.Int // by reason; read-only after start
 
+	// By endpoint, and some by reason or type. They are here for endpoint and spool to add series to: who counts does
+	// so in endpointMetrics.
 	sentBytes, sentRequests, droppedBytes, droppedRequests, retries, latency *expvar.Map
 
 	spoolFiles, spoolBytes, spoolOldest, spoolWritten, spoolReplayed, spoolRejected, spoolDamaged *expvar.Map
 }
 
+// newMetrics declares every family but the certificate's, in the order in which they are shown.
 func newMetrics() *metrics {
 	m := &metrics{rejected: map[string]*expvar.Int{}}
 	m.connections = m.number("pyroscope_receive_http_tcp_connections", "Client connections that hold a slot.", "gauge")
@@ -108,6 +116,7 @@ func newMetrics() *metrics {
 	for r := range routes {
 		m.requestBytes[r] = add(bytes, label("route", r.String()))
 	}
+	// A counter that begins at 1 has no increase for Prometheus to see: these are there before the first request.
 	for _, r := range []routeID{routeIngest, routePush} {
 		m.requests.Add(requestLabels(r, "200"), 0)
 	}
@@ -129,7 +138,8 @@ func newMetrics() *metrics {
 	return m
 }
 
-// family declares a metric with labels; its series are added to the map that is returned.
+// family declares a metric with labels; its series are added to the map that is returned, by the text of their labels.
+// The name must be new: the text format allows it one TYPE line. Call it at start only.
 func (m *metrics) family(name, help, kind string) *expvar.Map {
 	f := family{name: name, help: help, kind: kind, series: new(expvar.Map).Init()}
 	m.families = append(m.families, f)
@@ -141,11 +151,13 @@ func (m *metrics) number(name, help, kind string) *expvar.Int {
 	return add(m.family(name, help, kind), "")
 }
 
-// gauge declares a metric without labels whose value is worked out when somebody looks.
+// gauge declares a metric without labels whose value is worked out when somebody looks, perhaps several at once. It
+// must be a finite number, as its JSON is its text for Prometheus too.
 func (m *metrics) gauge(name, help string, value func() any) {
 	m.family(name, help, "gauge").Set("", expvar.Func(value))
 }
 
+// add declares a series, which begins at 0. labels is as label writes it, joined by commas.
 func add(series *expvar.Map, labels string) *expvar.Int {
 	v := new(expvar.Int)
 	series.Set(labels, v)
@@ -157,16 +169,19 @@ func label(name, value string) string {
 	return name + `="` + strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`).Replace(value) + `"`
 }
 
+// requestLabels is label for the two of a request, in which nothing needs escaping.
 func requestLabels(r routeID, code string) string {
 	return `route="` + r.String() + `",code="` + code + `"`
 }
 
-// request counts one answered request. code is an HTTP status or "grpc-" and a gRPC status number.
+// request counts one answered request. code is an HTTP status or "grpc-" and a gRPC status number. It alone makes
+// series after start, at the first answer with a code: most codes are never seen.
 func (m *metrics) request(r routeID, code string) {
 	m.requests.Add(requestLabels(r, code), 1)
 }
 
-// certificate declares the gauge of the server certificate's end.
+// certificate declares the gauge of the server certificate's end. expiry gives it in Unix seconds, and is asked
+// whenever somebody looks, since the certificate may be replaced.
 func (m *metrics) certificate(expiry func() any) {
 	m.gauge("pyroscope_relay_tls_certificate_expiry_seconds", "Unix time at which the server's certificate expires.", expiry)
 }
@@ -178,6 +193,8 @@ func (m *metrics) buildInfo() {
 		label("version", b.version)+","+label("goversion", b.goVersion)+","+label("revision", b.revision)).Set(1)
 }
 
+// runtimeGauges declares what package runtime/metrics knows about this process. All of its samples used here are whole
+// numbers; Uint64 panics at any other kind.
 func (m *metrics) runtimeGauges() {
 	for _, g := range []struct{ name, help, sample string }{
 		{"go_goroutines", "Goroutines.", "/sched/goroutines:goroutines"},
@@ -193,11 +210,12 @@ func (m *metrics) runtimeGauges() {
 	}
 }
 
-// endpointMetrics are the counters of one upstream.
+// endpointMetrics are the counters of one upstream. Their accounts close: profiles accepted from clients and files
+// found at start are sent, dropped, in the spool or under way, each exactly one of these. Safe for concurrent use.
 type endpointMetrics struct {
 	sentBytes, sentRequests, retries *expvar.Int
 	droppedBytes, droppedRequests    map[string]*expvar.Int // by reason; read-only
-	attempt, whole                   [2]*histogram          // by routeIngest, routePush
+	attempt, whole                   [2]*histogram          // one try, all of a delivery; by routeIngest, routePush
 	spool                            *spoolMetrics          // nil: there is no spool
 }
 
@@ -220,11 +238,14 @@ func (m *metrics) endpoint(name string) *endpointMetrics {
 	return e
 }
 
+// sent counts a profile that the upstream accepted. bytes are those of its body as it goes upstream: of a gRPC call,
+// without the envelope.
 func (e *endpointMetrics) sent(bytes int) {
 	e.sentRequests.Add(1)
 	e.sentBytes.Add(int64(bytes))
 }
 
+// dropped counts a profile that the upstream will not get. reason is one of dropReasons, bytes are as for sent.
 func (e *endpointMetrics) dropped(reason string, bytes int) {
 	e.droppedRequests[reason].Add(1)
 	e.droppedBytes[reason].Add(int64(bytes))
@@ -233,6 +254,7 @@ func (e *endpointMetrics) dropped(reason string, bytes int) {
 // spoolMetrics are the counters of one upstream's spool.
 type spoolMetrics struct{ written, replayed, rejected, damaged *expvar.Int }
 
+// spoolFamilies declares the families of all spools. Without a spool they have no series.
 func (m *metrics) spoolFamilies() {
 	m.spoolFiles = m.family("pyroscope_relay_spool_files", "Profiles in the spool.", "gauge")
 	m.spoolBytes = m.family("pyroscope_relay_spool_bytes", "Bytes of the files in the spool.", "gauge")
@@ -243,8 +265,8 @@ func (m *metrics) spoolFamilies() {
 	m.spoolDamaged = m.family("pyroscope_relay_spool_damaged_total", "Files set aside because they were not as they were written.", "counter")
 }
 
-// spool declares the series of one upstream's spool. status is asked whenever somebody looks. Call it at start only,
-// once for each name.
+// spool declares the series of one upstream's spool. status is asked whenever somebody looks, by each gauge for itself:
+// oldest is in seconds. Call it at start only, once for each name.
 func (m *metrics) spool(name string, status func() (files, bytes int64, oldest float64)) *spoolMetrics {
 	l := label("endpoint", name)
 	m.spoolFiles.Set(l, expvar.Func(func() any { n, _, _ := status(); return n }))
@@ -253,9 +275,11 @@ func (m *metrics) spool(name string, status func() (files, bytes int64, oldest f
 	return &spoolMetrics{add(m.spoolWritten, l), add(m.spoolReplayed, l), add(m.spoolRejected, l), add(m.spoolDamaged, l)}
 }
 
+// bucketCount is how many bounds there are.
 const bucketCount = 12
 
-// bounds are the upper limits of the latency buckets, in seconds.
+// bounds are the upper limits of the latency buckets, in seconds: the defaults of client_golang, and 1 ms below them,
+// for upstreams nearby. The last is the default of -remote-timeout.
 func bounds() [bucketCount]float64 {
 	return [...]float64{0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10}
 }
@@ -263,9 +287,10 @@ func bounds() [bucketCount]float64 {
 // A histogram counts durations in buckets. The zero value is ready; safe for concurrent use.
 type histogram struct {
 	buckets [bucketCount + 1]atomic.Int64 // each for itself; the last is everything above
-	nanos   atomic.Int64
+	nanos   atomic.Int64                  // the sum, in nanoseconds
 }
 
+// observe counts d. A duration that equals a bound is in its bucket: le means less or equal.
 func (h *histogram) observe(d time.Duration) {
 	i := 0
 	for _, limit := range bounds() {
@@ -277,7 +302,9 @@ func (h *histogram) observe(d time.Duration) {
 	h.nanos.Add(int64(d))
 }
 
-// each calls f for every bucket with its upper limit as text and the count up to it; then returns count and sum.
+// each calls f for every bucket with its upper limit as text and the count up to it; then returns count and sum, the
+// sum in seconds. The count is that of the last bucket, as the text format demands, whatever is observed meanwhile; the
+// sum may have a few durations more or fewer than the count.
 func (h *histogram) each(f func(le string, n int64)) (count int64, sum float64) {
 	for i := range h.buckets {
 		count += h.buckets[i].Load()
@@ -297,6 +324,7 @@ func (h *histogram) String() string {
 	return fmt.Sprintf(`{"count": %d, "sum": %g, "buckets": {%s}}`, count, sum, strings.Join(buckets, ", "))
 }
 
+// text is the Prometheus form. labels must not be empty.
 func (h *histogram) text(w io.Writer, name, labels string) {
 	count, sum := h.each(func(le string, n int64) {
 		fmt.Fprintf(w, "%s_bucket{%s,le=%q} %d\n", name, labels, le, n)
@@ -304,7 +332,8 @@ func (h *histogram) text(w io.Writer, name, labels string) {
 	fmt.Fprintf(w, "%s_sum{%s} %g\n%s_count{%s} %d\n", name, labels, sum, name, labels, count)
 }
 
-// writeText writes all metrics in the Prometheus text exposition format, version 0.0.4.
+// writeText writes all metrics in the Prometheus text exposition format, version 0.0.4. It is no snapshot: what is
+// counted meanwhile may be in one series and not in another. Errors of w are not looked at: the reader has gone.
 func (m *metrics) writeText(w io.Writer) {
 	for _, f := range m.families {
 		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", f.name, f.help, f.name, f.kind)
@@ -320,7 +349,8 @@ func (m *metrics) writeText(w io.Writer) {
 	}
 }
 
-// writeJSON writes all metrics as one JSON object, the way /debug/vars of package expvar does.
+// writeJSON writes all metrics as one JSON object, the way /debug/vars of package expvar does. That one's own handler
+// would show the command line too, where there may be secrets.
 func (m *metrics) writeJSON(w io.Writer) {
 	all := new(expvar.Map).Init()
 	for _, f := range m.families {
@@ -333,7 +363,8 @@ func (m *metrics) writeJSON(w io.Writer) {
 	fmt.Fprintln(w, all)
 }
 
-// adminHandler serves /metrics, /debug/vars and /ready, and nothing else. ready is asked at each request.
+// adminHandler serves /metrics, /debug/vars and /ready, and nothing else. ready is asked at each request. The mux takes
+// HEAD for GET, and answers other methods 405.
 func (m *metrics) adminHandler(ready func() bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
@@ -358,7 +389,8 @@ func writeReady(w http.ResponseWriter, ready bool) int {
 	return status
 }
 
-// writeText answers with a few plain words. X-Content-Type-Options keeps a browser from seeing markup in them.
+// writeText answers with a few plain words. X-Content-Type-Options keeps a browser from seeing markup in them. The
+// length is stated because gate.linger flushes before the handler ends: without it HTTP/1.1 would go on in chunks.
 func writeText(w http.ResponseWriter, status int, text string) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
@@ -370,6 +402,7 @@ func writeText(w http.ResponseWriter, status int, text string) {
 // build says which build of the relay this is, as far as the Go toolchain recorded it.
 type build struct{ version, goVersion, revision string }
 
+// readBuild never fails. The revision is "unknown" unless go build found a checkout.
 func readBuild() build {
 	b := build{version: "unknown", revision: "unknown"}
 	info, ok := debug.ReadBuildInfo()
@@ -385,18 +418,20 @@ func readBuild() build {
 	return b
 }
 
-// quietFor is how often one kind of warning is logged at most.
+// quietFor is how often one kind of warning is logged at most: often enough to see that it goes on, and six lines a
+// minute where every request would have one.
 const quietFor = 10 * time.Second
 
 // A throttle lets one log line through in every quietFor and counts the others. The zero value is ready; safe for
 // concurrent use.
 type throttle struct {
 	mu     sync.Mutex
-	next   time.Time
-	missed int
+	next   time.Time // no line before this
+	missed int       // lines swallowed since the last one
 }
 
-// log writes the line, with the number of those it swallowed since the last one as "unlogged".
+// log writes the line, with the number of those it swallowed since the last one as "unlogged". No lock is held while it
+// writes: a slow log holds up nobody whose line is swallowed.
 func (t *throttle) log(l *slog.Logger, level slog.Level, msg string, args ...any) {
 	t.mu.Lock()
 	now, missed := time.Now(), t.missed

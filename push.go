@@ -21,17 +21,18 @@ import (
 	"time"
 )
 
-// pushPath is the procedure's path, here and upstream.
+// pushPath is the procedure's path, here and upstream: the same in all three protocols, which regard case.
 const pushPath = "/push.v1.PusherService/Push"
 
-// The gRPC envelope: one byte of flags, four of length (big endian), then the message.
+// The gRPC envelope: one byte of flags, four of length (big endian), then the message (PROTOCOL-HTTP2,
+// Length-Prefixed-Message).
 const (
 	envelopePrefix = 5
-	flagCompressed = 0x01
+	flagCompressed = 0x01 // the message is in grpc-encoding
 	flagTrailers   = 0x80 // gRPC-Web answers only
 )
 
-// acceptPost lists what the route takes, for 415 answers.
+// acceptPost lists what the route takes, for 415 answers: exactly what recognise takes, but for case.
 const acceptPost = "application/grpc, application/grpc+json, application/grpc+json; charset=utf-8, application/grpc+proto, " +
 	"application/grpc-web, application/grpc-web+json, application/grpc-web+json; charset=utf-8, application/grpc-web+proto, " +
 	"application/json, application/json; charset=utf-8, application/proto"
@@ -40,15 +41,15 @@ const acceptPost = "application/grpc, application/grpc+json, application/grpc+js
 type protocol int
 
 const (
-	connect protocol = iota
-	grpc
-	grpcWeb
-	unknownProtocol
+	connect         protocol = iota // unary
+	grpc                            // over HTTP/1.1 too
+	grpcWeb                         // in binary: grpc-web-text is not served
+	unknownProtocol                 // none of these
 )
 
-// A call is one POST to Push.
+// A call is one POST to Push. It is made from the head alone and belongs to the goroutine that serves the request.
 type call struct {
-	protocol    protocol
+	protocol    protocol      // unknownProtocol: refuse is all that may be called
 	contentType string        // of the request, and of a successful answer
 	codec       string        // content type of the message in Connect unary
 	encoding    string        // grpc-encoding; "" = identity
@@ -57,6 +58,8 @@ type call struct {
 	timed       bool
 }
 
+// beginPush reads a request's head. A Connect call needs no Connect header, only a content type: many agents send none.
+// A version other than 1 is refused, and so is a deadline that cannot be read, is given twice, or leaves no time.
 func beginPush(r *http.Request) (exchange, *fault) {
 	c := &call{protocol: unknownProtocol, query: r.URL.RawQuery}
 	if !c.recognise(r.Header["Content-Type"]) {
@@ -88,7 +91,8 @@ func beginPush(r *http.Request) (exchange, *fault) {
 }
 
 // recognise reads the request's Content-Type; false if the route does not serve it. RFC 9110, section 8.3.1: types and
-// parameter names do not regard case.
+// parameter names do not regard case. The only parameter served is charset=utf-8, of JSON. c.contentType is set in
+// either case, unless the header is missing or there are several: refuse looks for gRPC in it.
 func (c *call) recognise(contentType []string) bool {
 	if len(contentType) != 1 {
 		return false
@@ -123,14 +127,14 @@ func (c *call) recognise(contentType []string) bool {
 func (c *call) timeout() (time.Duration, bool) { return c.deadline, c.timed }
 
 // parseConnectTimeout reads a Connect-Timeout-Ms: at most ten characters of milliseconds. The result may be zero or
-// negative.
+// negative. Connect protocol, Timeout-Milliseconds: only positive ones are valid.
 func parseConnectTimeout(s string) (time.Duration, bool) {
 	n, err := strconv.ParseInt(s, 10, 64)
 	return time.Duration(n) * time.Millisecond, err == nil && len(s) <= 10
 }
 
-// parseGRPCTimeout reads a grpc-timeout: at most eight digits and a unit. The result may be zero or, though the protocol
-// has no such thing, negative; one beyond what time.Duration holds is as long as that.
+// parseGRPCTimeout reads a grpc-timeout: at most eight digits and a unit (PROTOCOL-HTTP2, Timeout). The result may be
+// zero or, though the protocol has no such thing, negative; one beyond what time.Duration holds is as long as that.
 func parseGRPCTimeout(s string) (time.Duration, bool) {
 	if s == "" {
 		return 0, false
@@ -153,6 +157,10 @@ func parseGRPCTimeout(s string) (time.Duration, bool) {
 	return d, true
 }
 
+// payload makes a Connect unary request of the call, whatever its protocol. It changes header. The payload's body is
+// body, or the message in it: no bytes are copied.
+//
+// A message that is flagged as compressed without a compression is answered with INTERNAL: gRPC, doc/compression.md.
 func (c *call) payload(header http.Header, body []byte) (*payload, *fault) {
 	if c.protocol != connect {
 		message, compressed, f := openEnvelope(body)
@@ -160,7 +168,7 @@ func (c *call) payload(header http.Header, body []byte) (*payload, *fault) {
 			return nil, f
 		}
 		body = message
-		delete(header, "Content-Encoding")
+		delete(header, "Content-Encoding") // it would be that of the whole body, envelope and all
 		if compressed {
 			if c.encoding == "" || c.encoding == "identity" {
 				return nil, &fault{status: http.StatusBadRequest, code: codeInternal, reason: rejectProtocol,
@@ -175,18 +183,21 @@ func (c *call) payload(header http.Header, body []byte) (*payload, *fault) {
 	}
 	delete(header, "Connect-Timeout-Ms") // the fan-out says how much of it is left
 	header["Connect-Protocol-Version"] = []string{"1"}
+	// Without it an upstream may answer in the encoding of the request (Connect protocol, Unary-Request), and the
+	// answer is passed on to clients that were never asked what they can read.
 	header["Accept-Encoding"] = []string{"identity"}
 	return &payload{route: routePush, query: c.query, header: header, body: body}, nil
 }
 
-// openEnvelope returns the one message in a gRPC request body, which shares its bytes.
+// openEnvelope returns the one message in a gRPC request body, which shares its bytes; it may be empty. compressed is
+// what the envelope says. Nothing is allocated from the length in the prefix: it is only compared.
 func openEnvelope(body []byte) (message []byte, compressed bool, f *fault) {
 	if len(body) < envelopePrefix {
 		return nil, false, badRequest(rejectProtocol, "the gRPC message prefix is cut short: five bytes are needed")
 	}
 	flags, message := body[0], body[envelopePrefix:]
 	length := binary.BigEndian.Uint32(body[1:envelopePrefix])
-	switch {
+	switch { // lengths are compared as uint64: an int may have 32 bits
 	case flags&^flagCompressed != 0:
 		return nil, false, badRequest(rejectProtocol, fmt.Sprintf("the gRPC message has unknown flags: 0x%02x", flags))
 	case uint64(length) > uint64(len(message)):
@@ -197,7 +208,9 @@ func openEnvelope(body []byte) (message []byte, compressed bool, f *fault) {
 	return message, flags&flagCompressed != 0, nil
 }
 
-// accept answers with the upstream's own message.
+// accept answers with the upstream's own message. gRPC has its status in trailers; gRPC-Web, for browsers that show
+// none, in a frame at the end of the body (PROTOCOL-WEB, Message framing). Failed writes are not looked at: the client
+// has gone.
 func (c *call) accept(w http.ResponseWriter, re reply) string {
 	compressed := re.encoding != "" && re.encoding != "identity"
 	if len(re.body) == 0 && c.codec == "application/json" && !compressed {
@@ -218,13 +231,15 @@ func (c *call) accept(w http.ResponseWriter, re reply) string {
 		h["Grpc-Encoding"] = []string{re.encoding}
 	}
 	binary.BigEndian.PutUint32(prefix[1:], uint32(len(re.body)))
+	// Before the first Write: only a chunked answer has trailers (RFC 9112, section 7.1.2), and net/http would give a
+	// short one a length.
 	if c.protocol == grpc {
 		h[http.TrailerPrefix+"Grpc-Status"] = []string{"0"}
 	}
 	w.Write(prefix[:])
 	w.Write(re.body)
 	if c.protocol == grpcWeb {
-		const trailers = "grpc-status: 0\r\n"
+		const trailers = "grpc-status: 0\r\n" // in lower case, and no empty line after it: PROTOCOL-WEB
 		w.Write([]byte{flagTrailers, 0, 0, 0, byte(len(trailers))})
 		io.WriteString(w, trailers)
 	}
@@ -232,7 +247,8 @@ func (c *call) accept(w http.ResponseWriter, re reply) string {
 }
 
 // refuse answers with the fault's code. gRPC and gRPC-Web take a status in the headers of an answer without a body
-// (Trailers-Only), also with a content type that is not served: HTTP says 415 then.
+// (Trailers-Only), also with a content type that is not served: HTTP says 415 then. All their other refusals are HTTP
+// 200 (PROTOCOL-HTTP2, HTTP-Status). Lengths are stated for the reason that writeText gives.
 func (c *call) refuse(w http.ResponseWriter, f *fault) string {
 	h := w.Header()
 	if f.retryAfter != "" {
@@ -260,7 +276,8 @@ func (c *call) refuse(w http.ResponseWriter, f *fault) string {
 	return "grpc-" + strconv.Itoa(int(f.code))
 }
 
-// refuseConnect answers with the JSON error of Connect unary.
+// refuseConnect answers with the JSON error of Connect unary, whatever the codec of the request. The HTTP status is the
+// one that goes with the code (Connect protocol, Error Codes), not that of /ingest.
 func refuseConnect(w http.ResponseWriter, f *fault) string {
 	name, status := f.code.describe()
 	body, err := json.Marshal(struct {
@@ -278,7 +295,8 @@ func refuseConnect(w http.ResponseWriter, f *fault) string {
 	return strconv.Itoa(status)
 }
 
-// encodeGRPCMessage percent-encodes a grpc-message: all bytes but printable ASCII, and the percent sign itself.
+// encodeGRPCMessage percent-encodes a grpc-message: all bytes but printable ASCII, and the percent sign itself
+// (PROTOCOL-HTTP2, Percent-Encoded). Line breaks between several upstreams' words become %0A.
 func encodeGRPCMessage(s string) string {
 	var b strings.Builder
 	for _, c := range []byte(s) {

@@ -33,21 +33,23 @@ import (
 	"time"
 )
 
-// lookEvery is how often files are read to see whether they changed: a change is in use within 10 s.
+// lookEvery is how often files are read to see whether they changed: a change is in use within 10 s. The standard
+// library cannot watch files, and to read a few small ones costs little.
 const lookEvery = 5 * time.Second
 
 // maxFile is the largest file of certificates or credentials, in bytes. A bundle of all public CAs is a quarter of it.
+// A path that leads to an endless device is an error there, too.
 const maxFile = 1 << 20
 
 // minSecret is the shortest secret that is blotted out of upstreams' answers, in bytes: shorter ones are everyday words.
 const minSecret = 6
 
-// An input is a file that holds a certificate, a key or a secret, or the text given in place of that file. The zero value
-// is one that was not given.
+// An input is a file that holds a certificate, a key or a secret, or the text given in place of that file. The zero
+// value is one that was not given. It is not changed once its source was looked at.
 type input struct {
 	name       string // of its flag or option, without the -file or -pem at the end
-	file, text string
-	secret     bool
+	file, text string // one of them at most, once validated
+	secret     bool   // who reads it can pose as the relay: see exposed
 }
 
 // given reports whether there is anything to read.
@@ -61,7 +63,10 @@ func (in *input) String() string {
 	return in.name + "-file"
 }
 
-// read returns the contents; nothing if the input was not given.
+// read returns the contents; nothing if the input was not given. They are the caller's. The path is followed anew each
+// time, so that a file that was replaced is found. A file that cannot be read to its end, has more than maxFile bytes
+// or nothing but white space is an error, which names the flag or option and not the path: one that is being rewritten
+// is empty for a moment, and an empty password must never come of that.
 func (in *input) read() ([]byte, error) {
 	if in.file == "" {
 		return []byte(in.text), nil
@@ -91,7 +96,8 @@ func (in *input) fault(err error) error {
 	return fmt.Errorf("%v cannot be used: %w", in, err)
 }
 
-// exposed reports whether every user of the host can read the secret in the file.
+// exposed reports whether every user of the host can read the secret in the file, going by the file's own mode: not
+// that of the directories above, nor that of a link. A file that is not there is not exposed.
 func (in *input) exposed() bool {
 	if !in.secret || in.file == "" {
 		return false
@@ -103,35 +109,38 @@ func (in *input) exposed() bool {
 // A source is a part of the configuration that is made of inputs and follows their files. Not safe for concurrent use;
 // what apply makes is.
 type source struct {
-	name   string // in the log
-	inputs []*input
+	name   string                        // in the log
+	inputs []*input                      // those not given included; contents are in their order
 	apply  func(contents [][]byte) error // makes the new value whole and puts it in place; on an error nothing changes
 	seen   [sha256.Size]byte             // what the inputs held at the last look, or why they could not be read
 }
 
 // look reads the inputs and applies them if they are not what they were at the last look. The error comes once for each
-// change.
+// change. Contents are compared, not times: a rename, a rewrite in place and another target of a link all count, and a
+// touch does not. Of a certificate and a key that are replaced one after the other a look may see one alone: that is an
+// error, nothing changes, and the next look finds both.
 func (s *source) look() (changed bool, err error) {
 	contents := make([][]byte, len(s.inputs))
 	faults := make([]error, len(s.inputs))
 	hash := sha256.New()
 	for i, in := range s.inputs {
 		contents[i], faults[i] = in.read()
-		fmt.Fprintf(hash, "%d %v\n", len(contents[i]), faults[i])
+		fmt.Fprintf(hash, "%d %v\n", len(contents[i]), faults[i]) // the length says where the next input begins
 		hash.Write(contents[i])
 	}
 	now := [sha256.Size]byte(hash.Sum(nil))
 	if now == s.seen {
 		return false, nil
 	}
-	s.seen = now
+	s.seen = now // whatever comes of it, or the same fault would be told every lookEvery
 	if err := errors.Join(faults...); err != nil {
 		return true, err
 	}
 	return true, s.apply(contents)
 }
 
-// openSources looks at sources for the first time.
+// openSources looks at sources for the first time, which applies each, whether or not it has a file. The error has the
+// faults of all; the sources are returned in any case.
 func openSources(all ...*source) ([]*source, error) {
 	var faults []error
 	for _, s := range all {
@@ -141,7 +150,8 @@ func openSources(all ...*source) ([]*source, error) {
 	return all, errors.Join(faults...)
 }
 
-// follow looks at all sources every lookEvery, and at once at each signal, until ctx ends.
+// follow looks at all sources every lookEvery, and at once at each signal, until ctx ends. It is the one goroutine that
+// looks at them once they are open.
 func follow(ctx context.Context, sources []*source, signals <-chan os.Signal, log *slog.Logger) {
 	ticks := time.NewTicker(lookEvery)
 	defer ticks.Stop()
@@ -163,7 +173,8 @@ func follow(ctx context.Context, sources []*source, signals <-chan os.Signal, lo
 	}
 }
 
-// warnExposed names the secrets that every user of the host can read.
+// warnExposed names the secrets that every user of the host can read, by option and not by path. They are used all the
+// same.
 func warnExposed(sources []*source, log *slog.Logger) {
 	for _, s := range sources {
 		for _, in := range s.inputs {
@@ -174,8 +185,9 @@ func warnExposed(sources []*source, log *slog.Logger) {
 	}
 }
 
-// parsePair makes a certificate of its PEM and its key's. It may hold intermediates after the first, which is the one the
-// key belongs to. The error says what does not fit, never what is in the files.
+// parsePair makes a certificate of its PEM and its key's. It may hold intermediates after the first, which is the one
+// the key belongs to. The error says what does not fit, never what is in the files. Dates and names are not looked at:
+// an expired certificate is used.
 func parsePair(cert, key *input, certPEM, keyPEM []byte) (tls.Certificate, error) {
 	pair, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
@@ -184,13 +196,15 @@ func parsePair(cert, key *input, certPEM, keyPEM []byte) (tls.Certificate, error
 	return pair, err
 }
 
-// parseCAs makes a pool of all certificates in a PEM; nil if the input was not given. A certificate that cannot be read
-// is an error, unlike in [x509.CertPool.AppendCertsFromPEM]: half a bundle would shut out clients without a word.
+// parseCAs makes a pool of all certificates in a PEM; nil if the input was not given, which for an upstream means the
+// system's. A certificate that cannot be read is an error, unlike in [x509.CertPool.AppendCertsFromPEM]: half a bundle
+// would shut out clients without a word. So is a block of another type. Text around blocks is ignored.
 func parseCAs(in *input, rest []byte) (*x509.CertPool, error) {
 	if !in.given() {
 		return nil, nil
 	}
 	pool := x509.NewCertPool()
+	// pem.Decode passes over a block that it cannot take apart: only counting shows it.
 	begun, read := bytes.Count(rest, []byte("-----BEGIN ")), 0
 	for block, rest := pem.Decode(rest); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {
@@ -209,7 +223,7 @@ func parseCAs(in *input, rest []byte) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// parseVersion reads the least TLS version to be spoken.
+// parseVersion reads the least TLS version to be spoken. Nothing before 1.2 can be chosen (RFC 8996).
 func parseVersion(s string) (uint16, error) {
 	switch s {
 	case "TLS12":
@@ -230,7 +244,7 @@ func parseAuthType(s string) (tls.ClientAuthType, error) {
 	return 0, errors.New("want NoClientCert, RequestClientCert, RequireAnyClientCert, VerifyClientCertIfGiven or RequireAndVerifyClientCert")
 }
 
-// A faultList collects all that is wrong with a set of options.
+// A faultList collects all that is wrong with a set of options. The zero value is empty.
 type faultList []error
 
 // when adds a fault if something is wrong; the other arguments are those of [fmt.Errorf].
@@ -240,16 +254,17 @@ func (f *faultList) when(wrong bool, format string, args ...any) {
 	}
 }
 
-// A serverTLS is the TLS side of the data port: the -tls-* flags, and what the next handshake uses. The methods that
-// return something are safe for concurrent use.
+// A serverTLS is the TLS side of the data port: the -tls-* flags, and what the next handshake uses. Once open has
+// returned, enabled, config, expiry and what they return are safe for concurrent use; all else is for the goroutine
+// that looks at the sources.
 type serverTLS struct {
 	cert, key, ca     input
-	authType, version string
-	auth              tls.ClientAuthType
+	authType, version string             // as given
+	auth              tls.ClientAuthType // these two by validate, of the above
 	minVersion        uint16
-	pair              tls.Certificate // these two for the sources alone
-	roots             *x509.CertPool
-	current           atomic.Pointer[tls.Config]
+	pair              tls.Certificate            // these two for the sources alone
+	roots             *x509.CertPool             // nil: no client certificate is verified
+	current           atomic.Pointer[tls.Config] // of both; not changed once stored; nil: plain HTTP
 }
 
 // newServerTLS returns the flags with their defaults.
@@ -263,7 +278,8 @@ func newServerTLS() *serverTLS {
 // enabled reports whether the data port speaks TLS. Valid flags give both certificate and key, or neither.
 func (s *serverTLS) enabled() bool { return s.cert.given() }
 
-// validate checks the flags, alone and against each other.
+// validate checks the flags, alone and against each other, and reads no file. A flag that was changed and would have no
+// effect is an error too: who asks for a part of TLS must not get plain HTTP in silence.
 func (s *serverTLS) validate() error {
 	var faults faultList
 	for _, in := range []*input{&s.cert, &s.key, &s.ca} {
@@ -272,7 +288,7 @@ func (s *serverTLS) validate() error {
 	var err error
 	s.auth, err = parseAuthType(s.authType)
 	faults.when(err != nil, "-tls-client-auth-type %q: %w", s.authType, err)
-	verifying := s.auth >= tls.VerifyClientCertIfGiven
+	verifying := s.auth >= tls.VerifyClientCertIfGiven // the two that verify stand last
 	faults.when(verifying && !s.ca.given(), "-tls-client-auth-type %v needs -tls-client-ca-file or -tls-client-ca-pem", s.auth)
 	faults.when(err == nil && s.ca.given() && !verifying, "%v is not used with -tls-client-auth-type %v: choose VerifyClientCertIfGiven or RequireAndVerifyClientCert", &s.ca, s.auth)
 	s.minVersion, err = parseVersion(s.version)
@@ -288,7 +304,8 @@ func (s *serverTLS) validate() error {
 	return errors.Join(faults...)
 }
 
-// open checks the flags, reads what they name, and returns what is to be followed: nothing without TLS.
+// open checks the flags, reads what they name, and returns what is to be followed: nothing without TLS. Both sources
+// are there even if no CA was given: the config is whole once each was applied.
 func (s *serverTLS) open() ([]*source, error) {
 	if err := s.validate(); err != nil || !s.enabled() {
 		return nil, err
@@ -318,9 +335,12 @@ func (s *serverTLS) applyPair(contents [][]byte) error {
 	return nil
 }
 
-// renew makes what the next handshake uses.
+// renew makes what the next handshake uses. Connections that are open go on with what they began with.
+//
+// This config takes the place of the one that http.Server knows, hence has to name the protocols itself. The server's
+// order decides (RFC 7301, section 3.2): HTTP/2 with all that can.
 func (s *serverTLS) renew() {
-	roots := s.roots
+	roots := s.roots // s.roots may change while a handshake reads these
 	s.current.Store(&tls.Config{
 		Certificates: []tls.Certificate{s.pair}, MinVersion: s.minVersion, NextProtos: []string{"h2", "http/1.1"},
 		ClientAuth: s.auth, ClientCAs: roots, VerifyConnection: func(cs tls.ConnectionState) error { return verifyResumed(cs, roots) },
@@ -329,6 +349,11 @@ func (s *serverTLS) renew() {
 
 // verifyResumed checks a resumed session's client certificate as a new one's: it was verified when the session began,
 // perhaps against another CA. Which certificates are asked for is crypto/tls's to enforce.
+//
+// It is a VerifyConnection because crypto/tls does not call VerifyPeerCertificate for a resumed session, whose
+// handshake asks for no certificate (RFC 8446, section 4.3.2). Releases of Go that compare the roots themselves begin
+// such a session anew before it comes to this; nothing here relies on that. The usage has to be named: by default x509
+// checks for certificates of servers.
 func verifyResumed(cs tls.ConnectionState, roots *x509.CertPool) error {
 	if roots == nil || !cs.DidResume || len(cs.PeerCertificates) == 0 {
 		return nil
@@ -353,11 +378,12 @@ func (s *serverTLS) config() *tls.Config {
 	}
 }
 
-// expiry is the notAfter of the server's certificate, as Unix time.
+// expiry is the notAfter of the server's certificate, as Unix time in seconds (an int64, as [expvar.Func] wants any).
+// Only where TLS is enabled, and after open.
 func (s *serverTLS) expiry() any { return s.current.Load().Certificates[0].Leaf.NotAfter.Unix() }
 
 // countHandshakes is next, and counts the connections that end before their TLS handshake is done; for
-// [http.Server.ConnState].
+// [http.Server.ConnState]. The state is compared first: ConnectionState waits for a handshake that is under way.
 func countHandshakes(failed *expvar.Int, next func(net.Conn, http.ConnState)) func(net.Conn, http.ConnState) {
 	return func(c net.Conn, s http.ConnState) {
 		if t, ok := c.(*tls.Conn); ok && s == http.StateClosed && !t.ConnectionState().HandshakeComplete {
@@ -367,23 +393,24 @@ func countHandshakes(failed *expvar.Int, next func(net.Conn, http.ConnState)) fu
 	}
 }
 
-// A link is how one upstream is reached: TLS, proxy, and the headers that are its own, credentials among them. Its methods
-// are safe for concurrent use once open has returned.
+// A link is how one upstream is reached: TLS, proxy, and the headers that are its own, credentials among them. Once
+// open has returned, header, hide, config and proxyConfig are safe for concurrent use; all else is for the goroutine
+// that looks at the sources.
 type link struct {
 	ca, cert, key, password, token input
-	username, serverName           string
+	username, serverName           string // serverName "": the URL's host
 	minVersion                     uint16
-	skipVerify                     bool
+	skipVerify                     bool        // of the upstream's certificate; a proxy's is verified all the same
 	proxy                          *url.URL    // nil: none
 	tlsOptions                     []string    // the tls- options that were given
 	fixed                          http.Header // given in the command line itself
 	hidden                         []string    // secrets given there
 
-	roots   *x509.CertPool             // these two for the sources alone
+	roots   *x509.CertPool             // these two for the sources alone; nil: the system's
 	pairs   []tls.Certificate          // the client's own; at most one
 	changed func()                     // called when config has a new value; may be nil
 	current atomic.Pointer[tls.Config] // nil: plain HTTP
-	own     atomic.Pointer[ownHeader]
+	own     atomic.Pointer[ownHeader]  // never nil after open
 }
 
 // An ownHeader is what every request of a link carries, whatever its client sent. It is not changed once made.
@@ -401,7 +428,8 @@ func newLink() *link {
 	}
 }
 
-// set gives one option its value. ok is false if it is not one of a link's. The error does not repeat the value.
+// set gives one option its value. ok is false if it is not one of a link's. The error does not repeat the value. Files
+// are named here and read by open. An empty value is an error: most likely a variable in its place is not set.
 func (l *link) set(name, value string) (ok bool, err error) {
 	if value == "" {
 		err = errors.New("empty")
@@ -438,7 +466,8 @@ func (l *link) set(name, value string) (ok bool, err error) {
 	return true, err
 }
 
-// parseProxy reads the URL of an HTTP or SOCKS5 proxy, which may hold a user and password.
+// parseProxy reads the URL of an HTTP or SOCKS5 proxy, which may hold a user and password; hence no error repeats any
+// of it, as those of url.Parse would.
 func parseProxy(s string) (*url.URL, error) {
 	p, err := url.Parse(s)
 	if err != nil {
@@ -451,7 +480,9 @@ func parseProxy(s string) (*url.URL, error) {
 	return p, nil
 }
 
-// validate checks the options against each other and against the URL and the headers of their upstream.
+// validate checks the options against each other and against the URL and the headers of their upstream. At most one of
+// them may say what Authorization is. TLS options for an http:// URL are an error: who gives them expects encryption. A
+// colon would end the user name early for who reads the credentials (RFC 7617, section 2).
 func (l *link) validate(u *url.URL, header http.Header) error {
 	var faults faultList
 	faults.when(u.Scheme != "https" && len(l.tlsOptions) > 0, "%s: the URL must begin with https://", strings.Join(l.tlsOptions, ", "))
@@ -473,7 +504,8 @@ func hasControl(s string) bool {
 }
 
 // open checks the options, reads what they name, and returns what is to be followed. The URL, the headers and the label
-// are those of the link's upstream.
+// are those of the link's upstream; the headers must not be changed afterwards. Both TLS sources of an https upstream
+// are there even if they name no file: their first look makes the config.
 func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, error) {
 	if err := l.validate(u, header); err != nil {
 		return nil, err
@@ -482,8 +514,8 @@ func (l *link) open(u *url.URL, header http.Header, label string) ([]*source, er
 	l.own.Store(&ownHeader{header: header})
 	for name, values := range header {
 		for _, v := range values {
-			if name != "X-Scope-Orgid" {
-				l.hidden = append(l.hidden, v, v[strings.LastIndexByte(v, ' ')+1:])
+			if name != "X-Scope-Orgid" { // a tenant is no secret
+				l.hidden = append(l.hidden, v, v[strings.LastIndexByte(v, ' ')+1:]) // of "Bearer x" the x by itself, too
 			}
 		}
 	}
@@ -525,7 +557,8 @@ func (l *link) applyPair(contents [][]byte) error {
 	return nil
 }
 
-// renew makes what the next connection uses. Connections that are open are left to whoever set changed.
+// renew makes what the next connection uses. Connections that are open are left to whoever set changed. No session is
+// resumed (there is no ClientSessionCache), so that none outlives the CAs it was verified against.
 func (l *link) renew() {
 	l.current.Store(&tls.Config{
 		ServerName: l.serverName, MinVersion: l.minVersion, InsecureSkipVerify: l.skipVerify, RootCAs: l.roots, Certificates: l.pairs,
@@ -535,7 +568,9 @@ func (l *link) renew() {
 	}
 }
 
-// applyCredentials takes a password or a token; the newline that editors leave at its end is not part of it.
+// applyCredentials takes a password or a token; the newline that editors leave at its end is not part of it. A token
+// may be any visible ASCII, which is more than RFC 6750, section 2.1, allows, and no more than a header can carry. A
+// password is sent in the bytes of its file, UTF-8 or not.
 func (l *link) applyCredentials(contents [][]byte) error {
 	in, secret := &l.password, strings.TrimRight(string(contents[0]), "\r\n")
 	if l.token.given() {
@@ -556,14 +591,16 @@ func (l *link) applyCredentials(contents [][]byte) error {
 	return nil
 }
 
-// authorize puts the value of Authorization into what every request carries; hidden are the secrets in it.
+// authorize puts the value of Authorization into what every request carries; hidden are the secrets in it. Value and
+// secrets are swapped in together, and the map is a new one: requests that have the old one go on with it.
 func (l *link) authorize(authorization string, hidden ...string) {
 	header := l.fixed.Clone()
 	header["Authorization"] = []string{authorization}
 	l.own.Store(&ownHeader{header, hidden})
 }
 
-// header is what every request carries, over what its client sent. It must not be changed.
+// header is what every request carries, over what its client sent. It must not be changed, and may be kept: a later
+// look makes another.
 func (l *link) header() http.Header { return l.own.Load().header }
 
 // basicAuth is what follows "Basic " in a header (RFC 7617, section 2).
@@ -575,7 +612,8 @@ func basicAuth(user, password string) string {
 func (l *link) config() *tls.Config { return l.current.Load().Clone() }
 
 // proxyConfig is for the connection to an https proxy: the same CAs, but neither the upstream's name nor the client's
-// certificate, and no exception from verifying.
+// certificate, and no exception from verifying. The name is for the dialer to set: the proxy's own. It is never nil,
+// and the caller's.
 func (l *link) proxyConfig() *tls.Config {
 	c := &tls.Config{MinVersion: l.minVersion}
 	if own := l.current.Load(); own != nil {
@@ -584,7 +622,9 @@ func (l *link) proxyConfig() *tls.Config {
 	return c
 }
 
-// hide blots out the link's secrets from a text that its upstream sent: some repeat the credentials they refuse.
+// hide blots out the link's secrets from a text that its upstream sent: some repeat the credentials they refuse. It
+// looks for the bytes of those in use at this moment: one that the upstream has escaped, in JSON for example, is not
+// found. text is not changed, but may be what is returned.
 func (l *link) hide(text []byte) []byte {
 	for _, secret := range slices.Concat(l.hidden, l.own.Load().hidden) {
 		if len(secret) >= minSecret {
