@@ -182,15 +182,15 @@ type diskFile interface {
 // A folder is a disk below a directory that nothing it is asked for can leave: os.Root refuses names, and symbolic
 // links on the way, that lead out of it.
 type folder struct {
-	root *os.Root // of -spool-dir
-	name string   // see folderName
+	dir  *spoolDir // held with it: whoever can write has the lock
+	name string    // see folderName
 }
 
 func (d folder) create(name string) (diskFile, error) {
 	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
-	f, err := d.root.OpenFile(d.name+"/"+name, flags, 0o600)
+	f, err := d.dir.root.OpenFile(d.name+"/"+name, flags, 0o600)
 	if errors.Is(err, fs.ErrNotExist) && d.make() == nil { // somebody cleared it away
-		f, err = d.root.OpenFile(d.name+"/"+name, flags, 0o600)
+		f, err = d.dir.root.OpenFile(d.name+"/"+name, flags, 0o600)
 	}
 	if err != nil {
 		return nil, err // not f: a nil *os.File is no nil diskFile
@@ -198,25 +198,25 @@ func (d folder) create(name string) (diskFile, error) {
 	return f, nil
 }
 
-func (d folder) read(name string) ([]byte, error) { return d.root.ReadFile(d.name + "/" + name) }
+func (d folder) read(name string) ([]byte, error) { return d.dir.root.ReadFile(d.name + "/" + name) }
 
 func (d folder) rename(from, to string) error {
-	return d.root.Rename(d.name+"/"+from, d.name+"/"+to)
+	return d.dir.root.Rename(d.name+"/"+from, d.name+"/"+to)
 }
 
-func (d folder) remove(name string) error { return d.root.Remove(d.name + "/" + name) }
+func (d folder) remove(name string) error { return d.dir.root.Remove(d.name + "/" + name) }
 
-func (d folder) sync() error { return syncDir(d.root, d.name) }
+func (d folder) sync() error { return syncDir(d.dir.root, d.name) }
 
 // make creates the folder, and rejected/ in it, unless they are there. Only the directory above is synced: without
 // rejected/ no profile is lost, and the next start makes it again.
 func (d folder) make() error {
 	for _, name := range []string{d.name, d.name + "/" + asideName} {
-		if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := d.dir.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 	}
-	return syncDir(d.root, ".")
+	return syncDir(d.dir.root, ".")
 }
 
 // syncDir makes the names in a directory outlive a crash of the host: to sync a file does not save the entry that names
@@ -328,7 +328,7 @@ func (d *spoolDir) open(upstream string, max int64, dropOldest bool, m *endpoint
 		upstream: upstream, max: max, dropOldest: dropOldest, metrics: m, log: log,
 		writers: make(chan struct{}, spoolWriters), wake: make(chan struct{}, 1), done: make(chan struct{}),
 	}
-	at := folder{d.root, folderName(upstream)}
+	at := folder{d, folderName(upstream)}
 	s.disk = at
 	if err := at.make(); err != nil {
 		return nil, err

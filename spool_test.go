@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -462,6 +463,26 @@ func TestSpoolHasOneOwner(t *testing.T) {
 	relay.signal(t, syscall.SIGKILL)
 	relay.wait(t)
 	start(t, spoolFlags(dir, url)...).stop(t)
+}
+
+// The lock must not go with the first collection of garbage: an os.File that nobody can reach is closed.
+func TestSpoolStaysLocked(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	r := newRelay(parse(t, "-spool-dir", dir, "-upstream", "http://127.0.0.1:1,name=up"), slog.New(slog.DiscardHandler))
+	if err := r.openSpools(); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		collected := make(chan struct{})
+		runtime.SetFinalizer(new([64]byte), func(*[64]byte) { close(collected) })
+		runtime.GC()
+		<-collected
+	}
+	if d, err := openSpoolDir(dir); err == nil {
+		t.Error("another could open the spool", d.close())
+	}
+	runtime.KeepAlive(r)
 }
 
 // What a crash leaves behind: a profile that is whole is delivered, a temporary file goes, a damaged one is set aside.
