@@ -280,8 +280,9 @@ type outcome struct {
 // errTooLong is an answer that does not end within maxAnswer.
 var errTooLong = errors.New("the answer is longer than 1 MiB")
 
-// judge says what one attempt came to: its answer, or err where there was none.
-func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
+// judge says what one attempt came to: its answer, or err where there was none. What an unsuccessful answer says goes
+// through hide.
+func judge(p *payload, a *answer, err error, r *retryPolicy, hide func(string) string) outcome {
 	if err != nil {
 		return judgeError(err)
 	}
@@ -292,7 +293,7 @@ func judge(p *payload, a *answer, err error, r *retryPolicy) outcome {
 	}
 	wait, sane := parseRetryAfter(a.retryAfter, time.Now())
 	out.wait = wait
-	words, own := a.words(p.route)
+	words, own := a.words(p.route, hide)
 	out.verdict = a.verdict(p, r, own)
 	limited := a.status == http.StatusTooManyRequests // for the client to retry, even where the relay does not
 	out.fault = &fault{
@@ -386,8 +387,8 @@ func pushCode(s int, own code) code {
 }
 
 // words is what an unsuccessful answer says, as one printable line, and on Push its Connect code (codeOK: none).
-func (a *answer) words(route routeID) (string, code) {
-	text, own := string(a.body[:min(len(a.body), 4*maxWords)]), codeOK
+func (a *answer) words(route routeID, hide func(string) string) (string, code) {
+	text, own := string(a.body), codeOK
 	if route == routePush && a.mediaType == "application/json" {
 		var e struct{ Code, Message string }
 		if json.Unmarshal(a.body, &e) == nil && codeByName(e.Code) != codeOK {
@@ -397,7 +398,8 @@ func (a *answer) words(route routeID) (string, code) {
 	if a.encoding != "" && a.encoding != "identity" || a.status/100 == 2 || a.status/100 == 3 {
 		text = "" // not readable, or a page for browsers
 	}
-	text = oneLine(text)
+	text = hide(text) // before it is cut or made printable, or a part of a secret could stay
+	text = oneLine(text[:min(len(text), 4*maxWords)])
 	if text == "" {
 		text = strings.TrimSpace(fmt.Sprintf("HTTP status %d %s", a.status, http.StatusText(a.status)))
 	}
@@ -615,10 +617,7 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 	}
 	deadline := start.Add(u.retry.attemptTime(n, end.Sub(start)))
 	a, err := u.exchange(ctx, deadline, p)
-	if a != nil && a.status != http.StatusOK {
-		a.body = u.link.hide(a.body)
-	}
-	out := judge(p, a, err, &u.retry)
+	out := judge(p, a, err, &u.retry, u.link.hide)
 	if out.fault != nil {
 		u.log.Debug("attempt failed", "upstream", u.name, "attempt", n+1, "took", time.Since(start), "error", out.fault)
 	}

@@ -704,7 +704,7 @@ func FuzzOneLine(f *testing.F) {
 // judged is what the delivery makes of an answer on a route.
 func judged(route routeID, a answer, r retryPolicy) outcome {
 	p := &payload{route: route, header: http.Header{"Content-Type": {"application/proto"}}}
-	return judge(p, &a, nil, &r)
+	return judge(p, &a, nil, &r, strings.TrimSpace)
 }
 
 func TestJudge(t *testing.T) {

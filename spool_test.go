@@ -999,7 +999,7 @@ func TestTrialOfAnOutcome(t *testing.T) {
 		{routePush, answer{status: 409, mediaType: "application/json", body: []byte(`{"code":"aborted"}`)}, nil, trialDoubtful},
 	} {
 		p := &payload{route: test.route, header: http.Header{"Content-Type": {"application/proto"}}}
-		out := judge(p, &test.answer, test.err, retry)
+		out := judge(p, &test.answer, test.err, retry, strings.TrimSpace)
 		if got := out.trial(test.route); got != test.want {
 			t.Errorf("%v %d %v: trial %d, want %d", test.route, test.answer.status, test.err, got, test.want)
 		}

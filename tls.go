@@ -417,6 +417,8 @@ type link struct {
 type ownHeader struct {
 	header http.Header
 	hidden []string // what of it is secret, in each form it may be seen in
+
+	replaced []string // hidden of the one before
 }
 
 // newLink returns the options with their defaults.
@@ -596,7 +598,7 @@ func (l *link) applyCredentials(contents [][]byte) error {
 func (l *link) authorize(authorization string, hidden ...string) {
 	header := l.fixed.Clone()
 	header["Authorization"] = []string{authorization}
-	l.own.Store(&ownHeader{header, hidden})
+	l.own.Store(&ownHeader{header, hidden, l.own.Load().hidden})
 }
 
 // header is what every request carries, over what its client sent. It must not be changed, and may be kept: a later
@@ -622,13 +624,14 @@ func (l *link) proxyConfig() *tls.Config {
 	return c
 }
 
-// hide blots out the link's secrets from a text that its upstream sent: some repeat the credentials they refuse. It
-// looks for the bytes of those in use at this moment: one that the upstream has escaped, in JSON for example, is not
-// found. text is not changed, but may be what is returned.
-func (l *link) hide(text []byte) []byte {
-	for _, secret := range slices.Concat(l.hidden, l.own.Load().hidden) {
+// hide blots out the link's secrets from a text that its upstream sent, once it is free of escapes: some repeat the
+// credentials they refuse. It looks for those in use and for those they took the place of, which a request that was
+// under way may have carried.
+func (l *link) hide(text string) string {
+	own := l.own.Load()
+	for _, secret := range slices.Concat(l.hidden, own.hidden, own.replaced) {
 		if len(secret) >= minSecret {
-			text = bytes.ReplaceAll(text, []byte(secret), []byte("***"))
+			text = strings.ReplaceAll(text, secret, "***")
 		}
 	}
 	return text
