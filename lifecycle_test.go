@@ -402,6 +402,8 @@ func TestHealthcheck(t *testing.T) {
 	check(exitOK, "ready", nil, "-healthcheck", "-admin-address", "0.0.0.0:"+port)
 	check(exitOK, "ready", []string{"PYROSCOPE_RELAY_HEALTHCHECK=true", "PYROSCOPE_RELAY_ADMIN_ADDRESS=" + relay.admin,
 		"http_proxy=http://" + deadAddr(t), "PYROSCOPE_RELAY_UPSTREAM=log:"})
+	broken := "PYROSCOPE_RELAY_UPSTREAM=https://a.example,tls-ca-file=/no/such/file" // for a moment, while it is replaced
+	check(exitOK, "ready", []string{broken}, "-healthcheck", "-admin-address", relay.admin)
 	check(exitFailed, "refused", nil, "-healthcheck", "-admin-address", deadAddr(t))
 	check(exitUsage, "-admin-address", nil, "-healthcheck", "-admin-address", "")
 	check(exitUsage, "-admin-address", nil, "-healthcheck", "-admin-address", "8081")

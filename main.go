@@ -203,7 +203,7 @@ type config struct {
 	listenAddress, adminAddress, logLevel, logFormat string
 	listenPort, connLimit                            int           // 0 = any free port, no limit
 	readTimeout, writeTimeout, idleTimeout           time.Duration // 0 = none; an idleTimeout of 0 is the readTimeout
-	deliveryTimeout, shutdownDelay, shutdownTimeout  time.Duration // the first above 0, and below a writeTimeout
+	deliveryTimeout, shutdownDelay, shutdownTimeout  time.Duration // first and last above 0, the first below a writeTimeout
 	maxBody, maxInflight                             byteSize      // 0 < maxBody <= maxInflight
 	retry                                            retryPolicy   // of upstreams that do not say otherwise
 	upstream, forwardHeader                          lines
@@ -338,7 +338,7 @@ func (c *config) readArgs(args []string) error {
 		if err == nil {
 			err = fmt.Errorf("%q is not a flag, nor the value of one", rest[0])
 			rest = rest[1:]
-		} else if len(rest) == len(args) {
+		} else if len(rest) > 0 && err.Error() == "bad flag syntax: "+rest[0] || len(rest) == len(args) {
 			rest = rest[1:] // a flag that cannot even be taken apart stays in place
 		}
 		faults, args = append(faults, err), rest
@@ -401,14 +401,14 @@ func variable(name string) string {
 
 // validate checks the flags one by one and against each other, and parses those that have a structure of their own. It
 // reads the files that they name, opens no socket and writes nothing. Nothing is checked for -version, and only the
-// addresses for -healthcheck without an -upstream.
+// addresses for -healthcheck: a file that is just being replaced says nothing of the relay that runs.
 func (c *config) validate() error {
 	switch {
 	case c.version:
 		return nil
 	case c.healthcheck && c.adminAddress == "":
 		return errors.New("-healthcheck asks -admin-address, which is empty")
-	case c.healthcheck && len(c.upstream) == 0:
+	case c.healthcheck:
 		return c.validateListening()
 	}
 	// The spool comes last: its folders are called after the upstreams.
@@ -444,6 +444,9 @@ func (c *config) validateDurations() error {
 	var faults []error
 	if c.deliveryTimeout == 0 {
 		faults = append(faults, errors.New("-delivery-timeout must be above 0"))
+	}
+	if c.shutdownTimeout == 0 {
+		faults = append(faults, errors.New("-shutdown-timeout must be above 0"))
 	}
 	if c.writeTimeout > 0 && c.deliveryTimeout >= c.writeTimeout {
 		faults = append(faults, fmt.Errorf("-delivery-timeout (%v) must be below -server-write-timeout (%v), or clients would be cut off before they are answered", c.deliveryTimeout, c.writeTimeout))
@@ -521,7 +524,7 @@ func (c *config) validateSpool() error {
 		faults = append(faults, fmt.Errorf("-spool-dir: %s is not a directory", c.spoolDir))
 	}
 	for i, u := range c.upstreams {
-		if len(folderName(u.label())) > maxFolder {
+		if u.required && u.url != nil && len(folderName(u.label())) > maxFolder {
 			faults = append(faults, fmt.Errorf("-upstream number %d: too long a label for a directory in -spool-dir: give it a short name=", i+1))
 		}
 	}
@@ -609,17 +612,17 @@ func (c *config) parseUpstreams() error {
 		return errors.New("-upstream is missing: say where profiles go, or -upstream log: to see them logged")
 	}
 	var faults []error
-	seen := map[string]bool{}
+	seen := map[string]int{}
 	for i, spec := range c.upstream {
 		u, err := parseUpstream(spec, c.retry)
-		if err == nil && seen[u.label()] {
-			err = fmt.Errorf("another upstream is called %q too: give each a name=", u.label())
+		if first := seen[u.label()]; err == nil && first > 0 {
+			err = fmt.Errorf("another upstream, number %d, is called the same: give each a name=", first)
 		}
 		if err != nil {
 			faults = append(faults, prefixed(fmt.Sprintf("-upstream number %d: ", i+1), err)...)
 			continue
 		}
-		seen[u.label()] = true
+		seen[u.label()] = i + 1
 		c.upstreams, c.sources = append(c.upstreams, u), append(c.sources, u.sources...)
 	}
 	return errors.Join(faults...)

@@ -264,20 +264,22 @@ func TestFaultsAreReportedTogether(t *testing.T) {
 		"-log-format", "xml", "-max-body-size", "5TB", "-retry-on-http-422=maybe", "-remote-timeout", "0s",
 		"-min-backoff-period", "10m", "-admin-address", "nowhere", "-forward-header", "Via", "-listen-address", "127.0.0.1:80",
 		"-upstream", "ftp://a.example", "-upstream", "http://b.example,name=,bogus=1", "-max-backoff-retries", "-1",
+		"-upstream", "http://c.example/path", "-upstream", "http://c.example/path", "---wrong",
 	}
 	got := faultsOf(t, args...)
 	for _, part := range []string{
 		"-conn-limit", "-no-such-flag", `"leftover"`, "-listen-port", "-delivery-timeout", "-log-level", "-log-format",
 		"-max-body-size", "-retry-on-http-422", "-remote-timeout", "-min-backoff-period", "-admin-address", "-forward-header",
 		"-listen-address", "-upstream number 1", "-upstream number 2: option name", "-upstream number 2: option number 2", "-max-backoff-retries",
+		"-upstream number 4", "---wrong",
 	} {
 		naming := slices.DeleteFunc(slices.Clone(got), func(line string) bool { return !strings.Contains(line, part) })
 		if len(naming) != 1 {
 			t.Errorf("%s is named by %d lines, want 1: %q", part, len(naming), naming)
 		}
 	}
-	if len(got) != 18 {
-		t.Errorf("%d faults, want 18:\n%s", len(got), strings.Join(got, "\n"))
+	if len(got) != 20 || strings.Contains(strings.Join(got, "\n"), "c.example") {
+		t.Errorf("%d faults, want 20 that repeat no URL:\n%s", len(got), strings.Join(got, "\n"))
 	}
 }
 
@@ -289,7 +291,7 @@ func TestValuesThatAreRefused(t *testing.T) {
 		{"listen-address", "127.0.0.1:8080"}, {"listen-address", "[::1]"}, {"listen-address", "a b"}, {"listen-address", "http://a"},
 		{"admin-address", "8081"}, {"admin-address", "127.0.0.1:65536"}, {"admin-address", "127.0.0.1:"}, {"admin-address", "::1"},
 		{"server-read-timeout", "-1s"}, {"server-read-timeout", "30"}, {"server-idle-timeout", "-1ns"}, {"server-write-timeout", ""},
-		{"delivery-timeout", "0s"}, {"delivery-timeout", "-1s"}, {"shutdown-delay", "-1s"}, {"shutdown-timeout", "soon"},
+		{"delivery-timeout", "0s"}, {"delivery-timeout", "-1s"}, {"shutdown-delay", "-1s"}, {"shutdown-timeout", "soon"}, {"shutdown-timeout", "0s"},
 		{"remote-timeout", "0"}, {"min-backoff-period", "0"}, {"max-backoff-period", "-1s"}, {"max-backoff-retries", "-1"},
 		{"max-body-size", "0"}, {"max-body-size", "-1"}, {"max-inflight-bytes", "1"},
 		{"log-level", ""}, {"log-level", "info+1"}, {"log-format", "text"},

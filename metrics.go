@@ -7,6 +7,7 @@ package main
 // atomic addition on the line of the decision it counts.
 
 import (
+	"bytes"
 	"context"
 	"expvar"
 	"fmt"
@@ -333,7 +334,7 @@ func (h *histogram) text(w io.Writer, name, labels string) {
 }
 
 // writeText writes all metrics in the Prometheus text exposition format, version 0.0.4. It is no snapshot: what is
-// counted meanwhile may be in one series and not in another. Errors of w are not looked at: the reader has gone.
+// counted meanwhile may be in one series and not in another. Errors of w are not looked at, and it should not be slow.
 func (m *metrics) writeText(w io.Writer) {
 	for _, f := range m.families {
 		fmt.Fprintf(w, "# HELP %s %s\n# TYPE %s %s\n", f.name, f.help, f.name, f.kind)
@@ -369,7 +370,9 @@ func (m *metrics) adminHandler(ready func() bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		m.writeText(w)
+		var b bytes.Buffer // not straight to a client: one that is slow would keep a lock that new series need
+		m.writeText(&b)
+		w.Write(b.Bytes())
 	})
 	mux.HandleFunc("GET /debug/vars", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json; charset=utf-8")

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -418,4 +420,52 @@ func TestDeployNamesFlagsThatExist(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A slowWriter is an answer to somebody who reads HELP and TYPE of the first family, and no more.
+type slowWriter struct {
+	httptest.ResponseRecorder
+	asked, read chan struct{}
+}
+
+func (w *slowWriter) Write(b []byte) (int, error) {
+	if bytes.Count(b, []byte("\n")) == 2 {
+		return len(b), nil
+	}
+	select {
+	case <-w.asked:
+	default:
+		close(w.asked)
+	}
+	<-w.read
+	return len(b), nil
+}
+
+// Nobody waits for somebody who reads metrics slowly: not even the first request with a new code.
+func TestSlowScraperHoldsNothingUp(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	for code := range 400 {
+		m.request(routeIngest, strconv.Itoa(code))
+	}
+	w := &slowWriter{asked: make(chan struct{}), read: make(chan struct{})}
+	var scrape sync.WaitGroup
+	scrape.Go(func() {
+		m.adminHandler(func() bool { return true }).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	})
+	<-w.asked
+	counted := make(chan struct{})
+	go func() {
+		defer close(counted)
+		for _, f := range m.families { // whichever of them is being written
+			f.series.Add(`new="yes"`, 1)
+		}
+	}()
+	select {
+	case <-counted:
+	case <-time.After(patience):
+		t.Error("a new series waited for the reader")
+	}
+	close(w.read)
+	scrape.Wait()
 }

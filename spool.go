@@ -500,7 +500,7 @@ func (s *spool) add(ctx context.Context, p *payload) error {
 	s.pending.Add(1)
 	if err := s.store(ctx, p); err != nil {
 		s.pending.Add(-1)
-		if ctx.Err() == nil {
+		if err != ctx.Err() {
 			s.trouble.log(s.log, slog.LevelError, "spool cannot take a profile", "upstream", s.upstream, "error", err)
 		}
 		return err
@@ -706,8 +706,11 @@ func (s *spool) next(now time.Time) (f *spooled, wait time.Duration, stopping bo
 	first := s.firstLocked()
 	for i := range s.files {
 		f := s.files[(first+i)%len(s.files)]
-		if d := f.after.Sub(now); f.busy || d > 0 {
-			wait = min(wait, max(d, time.Millisecond))
+		if f.busy {
+			continue // finish is followed by a poke
+		}
+		if d := f.after.Sub(now); d > 0 {
+			wait = min(wait, d)
 			continue
 		}
 		if s.busy > 0 && s.busyBytes+f.size > replayBytes {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -730,6 +731,7 @@ func TestSpoolConfiguration(t *testing.T) {
 		{"-spool-dir", []string{"-spool-dir", file}},
 		{"-spool-dir", []string{"-spool-dir", filepath.Join(file, "below")}},
 		{"-upstream", []string{"-spool-dir", t.TempDir(), "-upstream", "http://a.example/" + strings.Repeat("/", 90) + "x"}},
+		{"", []string{"-spool-dir", t.TempDir(), "-upstream", "http://a.example/" + strings.Repeat("/", 90) + "x,required=false"}},
 		{"", []string{"-spool-dir", filepath.Join(t.TempDir(), "new"), "-spool-full", "drop-oldest"}},
 	} {
 		_, err := parseConfig(append([]string{"-upstream", "log:"}, test.args...))
@@ -966,6 +968,33 @@ func TestSpoolWritersWaitNoLongerThanClients(t *testing.T) {
 	cancel()
 	if err := s.add(ctx, testPayload("")); !errors.Is(err, context.Canceled) || s.waiting() {
 		t.Errorf("%v, waiting %v", err, s.waiting())
+	}
+}
+
+// A stalledDisk fails, but not before the client has gone.
+type stalledDisk struct {
+	disk
+	leave context.CancelFunc
+}
+
+func (d stalledDisk) create(string) (diskFile, error) {
+	d.leave()
+	return nil, syscall.EIO
+}
+
+// A fault of the disk is logged, also when it shows too late for the client.
+func TestSpoolLogsLateFaults(t *testing.T) {
+	t.Parallel()
+	s := openTestSpool(t, t.TempDir(), 1<<20, false)
+	var log bytes.Buffer
+	s.log = slog.New(slog.NewTextHandler(&log, nil))
+	ctx, cancel := context.WithCancel(t.Context())
+	s.disk = stalledDisk{s.disk, cancel}
+	if err := s.add(ctx, testPayload("")); !errors.Is(err, syscall.EIO) || !strings.Contains(log.String(), syscall.EIO.Error()) {
+		t.Errorf("%v, logged %q", err, &log)
+	}
+	if err := s.add(ctx, testPayload("")); err == nil || strings.Count(log.String(), "level=ERROR") != 1 {
+		t.Errorf("%v, logged %q", err, &log)
 	}
 }
 
@@ -1211,6 +1240,20 @@ func TestReplayAroundAKiller(t *testing.T) {
 	}, numbered(10)...)
 	if len(s.files) != 1 {
 		t.Errorf("%d are left", len(s.files))
+	}
+}
+
+// While all that is left is under way, nothing is to be looked at again until one of them is done.
+func TestReplayWaitsForWhatIsUnderWay(t *testing.T) {
+	t.Parallel()
+	s := openTestSpool(t, t.TempDir(), 1<<30, false)
+	s.streak = 1000 * replayStep
+	s.files = append(s.files, &spooled{id: 1}, &spooled{id: 2})
+	for range s.files {
+		s.next(time.Now())
+	}
+	if f, wait, _ := s.next(time.Now()); f != nil || wait != math.MaxInt64 {
+		t.Errorf("file %v, wait %v", f, wait)
 	}
 }
 

@@ -41,6 +41,9 @@ const lookEvery = 5 * time.Second
 // A path that leads to an endless device is an error there, too.
 const maxFile = 1 << 20
 
+// readTime is how long a pipe may take to be read: one whose writer says nothing would end all rotation.
+const readTime = time.Second
+
 // minSecret is the shortest secret that is blotted out of upstreams' answers, in bytes: shorter ones are everyday words.
 const minSecret = 6
 
@@ -76,6 +79,7 @@ func (in *input) read() ([]byte, error) {
 		return nil, in.fault(err)
 	}
 	defer f.Close()
+	f.SetReadDeadline(time.Now().Add(readTime)) // an error for most files, which need none
 	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	switch {
 	case err != nil:

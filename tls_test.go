@@ -14,6 +14,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -672,6 +673,23 @@ func TestPipeIsReadOnce(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 	if _, err := in.read(); err == nil || !strings.HasSuffix(err.Error(), "empty") {
+		t.Error(err)
+	}
+}
+
+// A pipe that is held open by somebody who says nothing must not end all rotation.
+func TestSilentPipeIsGivenUp(t *testing.T) {
+	t.Parallel()
+	in := &input{name: "bearer-token", file: newFolder(t).path("pipe")}
+	if err := exec.Command("mkfifo", in.file).Run(); err != nil {
+		t.Skip("no mkfifo here: ", err)
+	}
+	w, err := os.OpenFile(in.file, os.O_RDWR|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := in.read(); !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error(err)
 	}
 }
