@@ -5,6 +5,9 @@ package main
 // Upstreams are served side by side and never wait for one another. There is one delivery loop (upstream.deliver),
 // for both routes; what an answer means (judge), how long to wait (retryPolicy.delay) and which of several failures
 // the client hears of (merge) are pure functions. The payload is immutable from here on.
+//
+// Two ways lead out: direct for plain http://, http.Transport for all else. Delivery is at least once: when an answer
+// is lost, nobody can tell whether the upstream has the profile.
 
 import (
 	"bufio"
@@ -35,20 +38,23 @@ import (
 	"unicode"
 )
 
-// maxAnswer is how much of an upstream's answer is read, in bytes. Real ones are under 1 KiB.
+// maxAnswer is how much of an upstream's answer is read, in bytes. Real ones are under 1 KiB. Answers are outside
+// -max-inflight-bytes: this and maxAnswerHeader are what bounds them.
 const maxAnswer = 1 << 20
 
-// maxWords is how much of its own words an upstream may have repeated to the client, in bytes.
+// maxWords is how much of its own words an upstream may have repeated to the client, in bytes: enough for a sentence
+// and its cause, and no page in every client's log.
 const maxWords = 1 << 10
 
-// maxAnswerHeader bounds the head of an upstream's answer, in bytes.
+// maxAnswerHeader bounds the head of an upstream's answer, in bytes; http.Transport by itself would read 10 MiB.
 const maxAnswerHeader = 64 << 10
 
 // idleUpstream is how long an unused connection to an upstream is kept: less than the 60 s after which common load
 // balancers hang up, so that a body is seldom risked on a connection that is being closed.
 const idleUpstream = 30 * time.Second
 
-// maxIdleUpstream is how many unused connections are kept for each upstream.
+// maxIdleUpstream is how many unused connections are kept for each upstream. http.Transport by itself would keep two,
+// and dial for most requests of a burst.
 const maxIdleUpstream = 256
 
 // An HTTP/2 connection to an upstream is asked for a sign of life after pingAfter without a frame from there, and given
@@ -65,7 +71,7 @@ const (
 	mirrorCount     = 4 << 10
 )
 
-// code is a Connect error code; its number is the gRPC status of the same name.
+// code is a Connect error code; its number is the gRPC status of the same name. The zero value is no error.
 // https://connectrpc.com/docs/protocol#error-codes
 type code int
 
@@ -90,7 +96,8 @@ const (
 	codes // how many there are
 )
 
-// describe is the one table of codes: the Connect name and the HTTP status that goes with it.
+// describe is the one table of codes: the Connect name and the HTTP status that goes with it. It panics for what is
+// none of the constants.
 func (c code) describe() (name string, status int) {
 	row := [codes]struct {
 		name   string
@@ -122,7 +129,7 @@ func (c code) String() string {
 	return name
 }
 
-// codeByName is the error code with that Connect name; codeOK if there is none.
+// codeByName is the error code with that Connect name; codeOK if there is none. Case counts.
 func codeByName(name string) code {
 	for c := codeOK + 1; c < codes; c++ {
 		if c.String() == name {
@@ -133,7 +140,8 @@ func codeByName(name string) code {
 }
 
 // A fault is one failure with its two texts: what the client is told, and what only the log may say. It is made where
-// the failure is seen and written to the client by the route's refuse method. It is not changed once made.
+// the failure is seen and written to the client by the route's refuse method. It is not changed once made. status and
+// code are both there: who makes it need not know the route.
 type fault struct {
 	status     int    // the answer on /ingest
 	code       code   // the answer on Push
@@ -144,6 +152,7 @@ type fault struct {
 	transient  bool   // the same request may succeed later
 }
 
+// Error is for the log alone: the cause may hold addresses of upstreams.
 func (f *fault) Error() string {
 	if f.cause == nil {
 		return f.public
@@ -154,21 +163,26 @@ func (f *fault) Error() string {
 func (f *fault) Unwrap() error { return f.cause }
 
 // A payload is what one client sent, ready to be copied. Everything in it is immutable and shared by all upstreams;
-// the body's bytes stay counted as in flight until the last user has called release, and then become another body's.
+// the body's bytes stay counted as in flight until the last user has called release, and then become another body's. A
+// new payload has no user: its maker calls hold before anybody else has it.
 type payload struct {
-	route   routeID
-	query   string      // raw
-	header  http.Header // canonical names, allow-listed
-	body    []byte
-	lines   []byte // what wire makes of header, for upstreams that set none; nil: not made
-	timed   bool   // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
+	route  routeID     // routeIngest or routePush
+	query  string      // raw
+	header http.Header // canonical names, allow-listed
+	body   []byte
+	lines  []byte // what wire makes of header, for upstreams that set none; nil: not made
+	timed  bool   // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
+	// expires is when its delivery ends; it is not set for a payload out of the spool.
 	expires time.Time
 	users   atomic.Int32
 	free    func() // called once, by the last release; may be nil
 }
 
+// hold keeps the body in memory until release. Only who has a hold may pass one on: after the last release the body is
+// gone.
 func (p *payload) hold() { p.users.Add(1) }
 
+// release ends one hold. The caller must not read the body any more.
 func (p *payload) release() {
 	if p.users.Add(-1) == 0 && p.free != nil {
 		p.free()
@@ -183,18 +197,19 @@ func (p *payload) path() string {
 	return ingestPath
 }
 
-// A reply is what the client gets on success: the message of the first required upstream on Push.
+// A reply is what the client gets on success: the message of the first required upstream on Push. The zero value is the
+// empty message.
 type reply struct {
 	body     []byte
 	encoding string // Content-Encoding of body
 }
 
-// retryPolicy says how one upstream is tried again.
+// retryPolicy says how one upstream is tried again. validateRetry tells which are valid; the zero value is not.
 type retryPolicy struct {
-	timeout    time.Duration // for one attempt
-	minBackoff time.Duration
-	maxBackoff time.Duration
-	retries    int // after the first attempt; 0 = as many as time allows
+	timeout    time.Duration // for one attempt; above 0
+	minBackoff time.Duration // above 0
+	maxBackoff time.Duration // not below minBackoff
+	retries    int           // after the first attempt; 0 = as many as time allows
 	on429      bool
 	on422      bool // /ingest only
 }
@@ -202,7 +217,8 @@ type retryPolicy struct {
 // max422Retries bounds the retries of an answer that most often means a bad profile.
 const max422Retries = 2
 
-// more tells whether another attempt may follow attempt number n (the first is 0), which was answered with status.
+// more tells whether another attempt may follow attempt number n (the first is 0), which was answered with status; 0
+// stands for no answer.
 func (r *retryPolicy) more(n, status int) bool {
 	if status == http.StatusUnprocessableEntity && n >= max422Retries {
 		return false
@@ -214,15 +230,17 @@ func (r *retryPolicy) more(n, status int) bool {
 // attempt is allowed, so that one dead connection cannot eat it all.
 func (r *retryPolicy) attemptTime(n int, left time.Duration) time.Duration {
 	if r.more(n, 0) {
-		left = left / 4 * 3
+		left = left / 4 * 3 // in this order: for replay it is the longest time there is
 	}
 	return min(r.timeout, left)
 }
 
 // delay is the wait after attempt n. It doubles from minBackoff to maxBackoff and never leaves these bounds, with up to
 // a quarter of jitter; the upstream's own Retry-After, clamped to maxBackoff, can only lengthen it. random is in [0, 1).
+// The jitter keeps those that failed together from coming back together.
 func (r *retryPolicy) delay(n int, retryAfter time.Duration, random float64) time.Duration {
 	base := r.maxBackoff
+	// What does not come back when it is shifted back has overflowed: it is longer than any maximum.
 	if n < 62 && r.minBackoff<<n>>n == r.minBackoff {
 		base = min(r.minBackoff<<n, r.maxBackoff)
 	}
@@ -252,36 +270,37 @@ func parseRetryAfter(value string, now time.Time) (time.Duration, bool) {
 type verdict int
 
 const (
-	accepted  verdict = iota
-	transient         // try again
-	misplaced         // the address is wrong: no use to try again now, but someone will mend it
-	refused           // permanent
+	accepted  verdict = iota // the upstream has it
+	transient                // try again
+	misplaced                // the address is wrong: no use to try again now, but someone will mend it
+	refused                  // permanent
 )
 
-// An answer is what an upstream said, read whole.
+// An answer is what an upstream said. One that claims success was read whole; of another the body may be cut short.
 type answer struct {
 	status     int
 	mediaType  string // of Content-Type, without parameters
-	encoding   string // Content-Encoding
-	retryAfter string
-	body       []byte
+	encoding   string // Content-Encoding; it is not undone
+	retryAfter string // as it was sent; "" = none
+	body       []byte // at most one byte more than maxAnswer
 }
 
 // An outcome is one attempt or, after the last one, the whole delivery.
 type outcome struct {
 	verdict verdict
-	status  int // 0: no answer
-	fault   *fault
-	reply   reply
-	wait    time.Duration // the upstream's Retry-After
+	status  int           // 0: no answer
+	fault   *fault        // nil just where verdict is accepted
+	reply   reply         // where verdict is accepted
+	wait    time.Duration // the upstream's Retry-After, however long; 0 = none
 	expired bool          // no answer in time
 }
 
 // errTooLong is an answer that does not end within maxAnswer.
 var errTooLong = errors.New("the answer is longer than 1 MiB")
 
-// judge says what one attempt came to: its answer, or err where there was none. What an unsuccessful answer says goes
-// through hide.
+// judge says what one attempt came to: its answer, or err where there was none; then a is not looked at. What an
+// unsuccessful answer says goes through hide. The client is shown a Retry-After as the upstream wrote it, if it makes
+// sense and came with 429 or 503.
 func judge(p *payload, a *answer, err error, r *retryPolicy, hide func(string) string) outcome {
 	if err != nil {
 		return judgeError(err)
@@ -306,7 +325,8 @@ func judge(p *payload, a *answer, err error, r *retryPolicy, hide func(string) s
 	return out
 }
 
-// judgeError is the outcome of an attempt without an answer.
+// judgeError is the outcome of an attempt without an answer. Every one may pass. What err says stays private: it names
+// addresses.
 func judgeError(err error) outcome {
 	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() || errors.Is(err, context.DeadlineExceeded) {
 		return outcome{verdict: transient, expired: true, fault: &fault{
@@ -322,7 +342,9 @@ func judgeError(err error) outcome {
 	}}
 }
 
-// verdict sorts an answer. own is the Connect code it carries, if any.
+// verdict sorts an answer. own is the Connect code it carries, if any. On /ingest any 2xx will do. On Push it is 200
+// with the content type of the request, as Connect has it: a login page must not swallow profiles. 501 and 508 come
+// from a server that would say the same again, unlike other 5xx.
 func (a *answer) verdict(p *payload, r *retryPolicy, own code) verdict {
 	switch s := a.status; {
 	case s/100 == 2 && p.route == routeIngest, s == http.StatusOK && a.mediaType == p.mediaType():
@@ -331,6 +353,7 @@ func (a *answer) verdict(p *payload, r *retryPolicy, own code) verdict {
 		return misplaced // a login page, a moved server
 	case s == http.StatusNotImplemented || s == http.StatusLoopDetected:
 		return refused
+	// Below 200 it is a 101 that nobody asked for, or a number that is no status.
 	case s >= 500 || s < 200 || s == http.StatusRequestTimeout || p.route == routePush && own == codeAborted:
 		return transient
 	case s == http.StatusTooManyRequests && r.on429, s == http.StatusUnprocessableEntity && r.on422 && p.route == routeIngest:
@@ -342,7 +365,7 @@ func (a *answer) verdict(p *payload, r *retryPolicy, own code) verdict {
 // mediaType is that of the payload's first Content-Type.
 func (p *payload) mediaType() string { return mediaType(p.header.Get("Content-Type")) }
 
-// mediaType is the type in a Content-Type value, in lower case and without parameters.
+// mediaType is the type in a Content-Type value, in lower case and without parameters; "" if it cannot be read.
 func mediaType(contentType string) string {
 	if contentType == "application/proto" {
 		return contentType // nearly always
@@ -351,7 +374,9 @@ func mediaType(contentType string) string {
 	return t
 }
 
-// ingestStatus is the answer on /ingest to an upstream's unsuccessful status.
+// ingestStatus is the answer on /ingest to an upstream's unsuccessful status: the same where it tells the client what
+// to do, else 502 (RFC 9110, section 15.6.3). A 408 is between the relay and the upstream, and no business of the
+// client's.
 func ingestStatus(s int) int {
 	switch {
 	case s/100 == 4 && s != http.StatusRequestTimeout,
@@ -361,7 +386,9 @@ func ingestStatus(s int) int {
 	return http.StatusBadGateway
 }
 
-// pushCode is the answer on Push to an upstream's unsuccessful status; own is the Connect code that came with it.
+// pushCode is the answer on Push to an upstream's unsuccessful status; own is the Connect code that came with it. 429,
+// 501 and 508 mean one thing whatever code they come with. Without a code, 401, 403 and 404 are as Connect maps them
+// (https://connectrpc.com/docs/protocol#http-to-error-code).
 func pushCode(s int, own code) code {
 	switch {
 	case s == http.StatusTooManyRequests:
@@ -386,7 +413,8 @@ func pushCode(s int, own code) code {
 	return codeUnavailable
 }
 
-// words is what an unsuccessful answer says, as one printable line, and on Push its Connect code (codeOK: none).
+// words is what an unsuccessful answer says, as one printable line, and on Push its Connect code (codeOK: none). The
+// line is never empty: an answer without words is described by its status.
 func (a *answer) words(route routeID, hide func(string) string) (string, code) {
 	text, own := string(a.body), codeOK
 	if route == routePush && a.mediaType == "application/json" {
@@ -416,13 +444,14 @@ func oneLine(s string) string {
 	}, strings.ToValidUTF8(s, "?"))
 	s = strings.TrimSpace(s)
 	if len(s) > maxWords {
-		s = strings.TrimSpace(strings.ToValidUTF8(s[:maxWords], ""))
+		s = strings.TrimSpace(strings.ToValidUTF8(s[:maxWords], "")) // the cut may go through a character
 	}
 	return s
 }
 
 // merge makes one fault of those of several upstreams, in their order; nil where all are nil. A transient one wins over
-// a permanent one, so that a client that retries does; the text has a line for each.
+// a permanent one, so that a client that retries does; status, code and Retry-After are those of the first that wins,
+// and the text has a line for each. upstreams and outs are of one length; the faults in outs are not changed.
 func merge(upstreams []*upstream, outs []outcome) *fault {
 	var worst *fault
 	var lines []string
@@ -443,20 +472,21 @@ func merge(upstreams []*upstream, outs []outcome) *fault {
 	return &merged
 }
 
-// An upstream is one server that gets a copy of everything. Safe for concurrent use.
+// An upstream is one server that gets a copy of everything. Safe for concurrent use; what is not atomic or locked is
+// constant once the relay listens.
 type upstream struct {
 	name     string // in metrics and logs
-	public   string // what clients hear it called
+	public   string // what clients hear it called: not its URL
 	required bool
 	url      *url.URL // nil: log every profile and accept it
 	retry    retryPolicy
 	link     *link
-	client   atomic.Pointer[http.Transport]
-	direct   *direct // speaks to the upstream in place of client; nil: client does
+	client   atomic.Pointer[http.Transport] // replaced whole, never changed: see renew and redial
+	direct   *direct                        // speaks to the upstream in place of client; nil: client does
 	metrics  *endpointMetrics
 	log      *slog.Logger
 	health   health
-	refusals throttle
+	refusals throttle        // of warnings that a profile was not taken
 	spool    *spool          // nil: none
 	hurry    context.Context // with a spool: ends when what is under way must go there
 
@@ -464,7 +494,8 @@ type upstream struct {
 }
 
 // deliver offers p until the upstream takes it, refuses it, or retries or the time until end run out; once, where there is
-// a spool. It is the only place that retries in a client's time. It ends early when ctx is cancelled.
+// a spool. It is the only place that retries in a client's time. It ends early when ctx is cancelled. The outcome is
+// that of the last attempt, and the caller's to count. The caller has a hold on p.
 func (u *upstream) deliver(ctx context.Context, p *payload, end time.Time) outcome {
 	start := time.Now()
 	u.pending.Add(1)
@@ -479,6 +510,7 @@ func (u *upstream) deliver(ctx context.Context, p *payload, end time.Time) outco
 		if out.verdict != transient || u.spool != nil || !u.retry.more(n, out.status) {
 			return out
 		}
+		// A wait that would outlast the client's time is not begun: the client is told now.
 		wait := u.retry.delay(n, out.wait, rand.Float64())
 		if wait >= time.Until(end) || !sleep(ctx, wait) {
 			return out
@@ -487,7 +519,7 @@ func (u *upstream) deliver(ctx context.Context, p *payload, end time.Time) outco
 	}
 }
 
-// sleep waits for d and reports whether ctx was still alive at the end.
+// sleep waits for d, and reports true after that, or false at once when ctx ends first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -499,13 +531,16 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// spoolTime is kept at the end of a profile's time for putting it into the spool: this, or half of what there is.
+// spoolTime is kept at the end of a profile's time for putting it into the spool: this, or half of what there is. Two
+// syncs take milliseconds on a disk at rest, but there may be others before it in the queue.
 const spoolTime = time.Second
 
 // attemptBefore is how long one may try to deliver, with that much time left, so that the spool can still be used.
 func attemptBefore(left time.Duration) time.Duration { return left - min(spoolTime, left/2) }
 
-// offer delivers p for a client that waits for it, or puts it into the spool, and counts it.
+// offer delivers p for a client that waits for it, or puts it into the spool, and counts it: once, as sent, dropped or
+// written. Behind a backlog p goes into the spool without an attempt. A misplaced one is kept as well: someone will
+// mend the address.
 func (u *upstream) offer(ctx context.Context, p *payload) outcome {
 	if u.spool == nil || !u.spool.waiting() {
 		out := u.deliverInTime(ctx, p)
@@ -519,7 +554,8 @@ func (u *upstream) offer(ctx context.Context, p *payload) outcome {
 	return u.spill(ctx, p)
 }
 
-// deliverInTime is deliver, cut short while there is time to use the spool.
+// deliverInTime is deliver, cut short while there is time to use the spool. When u.hurry ends, the attempt is cut short
+// by a context of its own: offer must be able to tell that from a client that hung up, whose profile is not kept.
 func (u *upstream) deliverInTime(ctx context.Context, p *payload) outcome {
 	if u.spool == nil {
 		return u.deliver(ctx, p, p.expires)
@@ -531,7 +567,8 @@ func (u *upstream) deliverInTime(ctx context.Context, p *payload) outcome {
 }
 
 // spill puts p into the spool. When that takes longer than the client has, the client is told so, and the file may be
-// written all the same.
+// written all the same: that is why a goroutine with a hold of its own does it. It counts what it drops; what is
+// stored counts as sent once it is replayed.
 func (u *upstream) spill(ctx context.Context, p *payload) outcome {
 	ctx, cancel := context.WithDeadline(ctx, p.expires)
 	defer cancel()
@@ -567,7 +604,8 @@ func (u *upstream) spill(ctx context.Context, p *payload) outcome {
 	return judgeError(ctx.Err())
 }
 
-// retake offers a profile out of the spool once; see recipient. Its time is that of one attempt.
+// retake offers a profile out of the spool once; see recipient. Its time is that of one attempt. It counts an accepted
+// profile as sent and a failure as a retry; what is dropped is the spool's to count.
 func (u *upstream) retake(ctx context.Context, p *payload) (trial, time.Duration) {
 	out := u.attempt(ctx, p, 0, time.Now().Add(math.MaxInt64))
 	switch {
@@ -584,6 +622,7 @@ func (u *upstream) retake(ctx context.Context, p *payload) (trial, time.Duration
 	return out.trial(p.route), out.wait
 }
 
+// patience is the wait after a failure in replay; see recipient.
 func (u *upstream) patience(n int, asked time.Duration, random float64) time.Duration {
 	return u.retry.delay(n, asked, random)
 }
@@ -608,7 +647,8 @@ func (o *outcome) trial(route routeID) trial {
 	return trialDoubtful
 }
 
-// attempt offers p once, before end; n counts the attempts before this one.
+// attempt offers p once, before end; n counts the attempts before this one. Its time is observed; what came of p is the
+// caller's to count.
 func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time) outcome {
 	start := time.Now()
 	defer func() { u.metrics.attempt[p.route].observe(time.Since(start)) }()
@@ -625,7 +665,8 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 }
 
 // exchange sends p and reads the answer to its end, by deadline. After an error the next exchange does not use a
-// connection that was pooled before: it may just have proved dead.
+// connection that was pooled before: it may just have proved dead. An error that is not nil is all that counts,
+// whatever the answer. Afterwards a transport may still read the body, for which it has a hold of its own.
 func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload) (*answer, error) {
 	if u.direct != nil {
 		message, err := u.message(p)
@@ -649,6 +690,7 @@ func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload)
 		defer resp.Body.Close()
 		a, _, err = readAnswer(resp)
 	}
+	// The answer may be here before the transport is done with the body: only then is it known whether all of it went.
 	if err == nil && a.status/100 == 2 && len(p.body) > 0 && !body.sent(ctx) {
 		a, err = nil, cmp.Or(ctx.Err(), errTooSoon)
 	}
@@ -659,7 +701,7 @@ func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload)
 }
 
 // renew leaves the pooled connections of old behind, so that the next attempt dials: HTTP/2 would go on sharing a dead
-// one. Exchanges under way are not disturbed.
+// one. Of several failures of one client the first does it. Exchanges under way are not disturbed.
 func (u *upstream) renew(old *http.Transport) {
 	if u.client.CompareAndSwap(old, old.Clone()) {
 		old.CloseIdleConnections()
@@ -672,7 +714,7 @@ func (u *upstream) redial() {
 }
 
 // readAnswer reads resp to its end, if it has one within maxAnswer: whole says so. An answer counts only when it is
-// whole, unless its status alone says that it is a failure.
+// whole, unless its status alone says that it is a failure: then err is nil. It does not close the body.
 func readAnswer(resp *http.Response) (a *answer, whole bool, err error) {
 	a = &answer{
 		status: resp.StatusCode, mediaType: mediaType(resp.Header.Get("Content-Type")),
@@ -691,7 +733,9 @@ func readAnswer(resp *http.Response) (a *answer, whole bool, err error) {
 	return a, err == nil, nil
 }
 
-// request is p as it goes to this upstream through its client. body makes its body, which may be needed again.
+// request is p as it goes to this upstream through its client. body makes its body, which may be needed again: the
+// transport asks for another when a pooled connection took nothing, or an HTTP/2 server says that it did not begin.
+// Each has a hold on p.
 func (u *upstream) request(ctx context.Context, p *payload, body func() (io.ReadCloser, error)) *http.Request {
 	own := u.link.header()
 	header := p.headers(own)
@@ -711,10 +755,10 @@ var errTooSoon = errors.New("the upstream reported success before it had the who
 // A heldBody is the body of p as a transport reads it. It holds p until it is closed, which may be after RoundTrip has
 // returned: a transport may still be sending when the answer is there.
 type heldBody struct {
-	mu     sync.Mutex // HTTP/2 closes it during a Read
-	p      *payload
-	rest   []byte
-	closed chan struct{}
+	mu     sync.Mutex    // HTTP/2 closes it during a Read
+	p      *payload      // nil: closed
+	rest   []byte        // what is not yet read
+	closed chan struct{} // closed by Close; after that rest does not change
 }
 
 func newHeldBody(p *payload) *heldBody {
@@ -722,7 +766,8 @@ func newHeldBody(p *payload) *heldBody {
 	return &heldBody{p: p, rest: p.body, closed: make(chan struct{})}
 }
 
-// sent waits until the transport needs the body no longer, and tells whether it took all of it.
+// sent waits until the transport needs the body no longer, and tells whether it took all of it; false when ctx ends
+// first.
 func (b *heldBody) sent(ctx context.Context) bool {
 	select {
 	case <-b.closed:
@@ -757,7 +802,8 @@ func (b *heldBody) Close() error {
 	return nil
 }
 
-// target is where p goes, at an upstream of that URL.
+// target is where p goes, at an upstream of that URL. Path and RawPath grow alike: url.URL drops a RawPath that does
+// not decode to its Path, and with it a %2F as the user wrote it.
 func target(base *url.URL, p *payload) *url.URL {
 	target := *base
 	target.Path += p.path()
@@ -769,7 +815,8 @@ func target(base *url.URL, p *payload) *url.URL {
 // host is the value of Host; own are the headers that are set for this upstream.
 func (u *upstream) host(own http.Header) string { return cmp.Or(own.Get("Host"), u.url.Host) }
 
-// headers are those of p as they go to an upstream that sets own, which wins; Host apart.
+// headers are those of p as they go to an upstream that sets own, which wins; Host apart. The map is the caller's, its
+// values are not to be changed.
 func (p *payload) headers(own http.Header) http.Header {
 	h := make(http.Header, len(p.header)+len(own)+1)
 	maps.Copy(h, p.header)
@@ -781,12 +828,13 @@ func (p *payload) headers(own http.Header) http.Header {
 	return h
 }
 
-// timeLeft is the value of Connect-Timeout-Ms for an attempt that begins now.
+// timeLeft is the value of Connect-Timeout-Ms for an attempt that begins now: at least 1, as the protocol has no 0.
 func (p *payload) timeLeft() string {
 	return strconv.FormatInt(max(1, time.Until(p.expires).Milliseconds()), 10)
 }
 
-// wire is h as the end of the head of a message of HTTP/1.1. Line breaks in h become spaces.
+// wire is h as the end of the head of a message of HTTP/1.1 (RFC 9112, section 2.1), the empty line included. Line
+// breaks in values become spaces, and what is no name is left out: h can add no line of its own.
 func wire(h http.Header) []byte {
 	var b bytes.Buffer
 	b.Grow(512)
@@ -795,7 +843,7 @@ func wire(h http.Header) []byte {
 	return b.Bytes()
 }
 
-// logProfile is the built-in upstream log: one line for each profile.
+// logProfile is the built-in upstream log: one line for each profile. It is all that ever logs a query.
 func (u *upstream) logProfile(p *payload) outcome {
 	u.log.Info("profile", "route", p.route, "query", p.query, "content_type", p.header.Get("Content-Type"),
 		"bytes", len(p.body), "sha256", fmt.Sprintf("%x", sha256.Sum256(p.body)))
@@ -803,8 +851,11 @@ func (u *upstream) logProfile(p *payload) outcome {
 }
 
 // newTransport makes the HTTP client of one upstream. It asks for no compression, follows nothing and uses no proxy
-// from the environment. It speaks HTTP/2 where a server offers it in its TLS handshake.
+// from the environment. It speaks HTTP/2 where a server offers it in its TLS handshake. l's TLS is as it is now: redial
+// is for when it changes.
 func newTransport(r *retryPolicy, l *link) *http.Transport {
+	// A transport dials apart from the request that asked for it: these timeouts bound a dial and a handshake, not the
+	// attempt's deadline.
 	dialer := &net.Dialer{Timeout: r.timeout}
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		c, err := dialer.DialContext(ctx, network, address)
@@ -823,6 +874,7 @@ func newTransport(r *retryPolicy, l *link) *http.Transport {
 	t.Protocols.SetHTTP2(true)
 	if l.proxy != nil {
 		t.Proxy = http.ProxyURL(l.proxy)
+		// With a proxy this dials the proxy alone. TLS to the upstream goes through the tunnel, under TLSClientConfig.
 		if l.proxy.Scheme == "https" {
 			t.DialTLSContext = (&tls.Dialer{NetDialer: dialer, Config: l.proxyConfig()}).DialContext
 		}
@@ -830,7 +882,8 @@ func newTransport(r *retryPolicy, l *link) *http.Transport {
 	return t
 }
 
-// lastWords is how long a failed write waits for the answer that may explain it.
+// lastWords is how long a failed write waits for the answer that may explain it. It was sent before the connection
+// ended, so that it is here or nearly so.
 const lastWords = time.Second
 
 // An attentiveConn hears an upstream out: one that refuses a body while it is being sent, and hangs up, has said why. A
@@ -841,6 +894,7 @@ type attentiveConn struct {
 	closed chan struct{}
 }
 
+// Write fails like that of the connection inside, only later.
 func (c *attentiveConn) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
 	if err != nil {
@@ -857,7 +911,8 @@ func (c *attentiveConn) Close() error {
 	return c.Conn.Close()
 }
 
-// settle counts what became of p at this upstream, once, and tells the person on call.
+// settle counts what became of p at this upstream, once, and tells the person on call. ctx is cancelled where the
+// client gave up: that says nothing about the upstream, and is counted but not logged.
 func (u *upstream) settle(ctx context.Context, p *payload, out outcome) {
 	if out.verdict == accepted {
 		u.metrics.sent(len(p.body))
@@ -888,11 +943,12 @@ type health struct {
 	failing atomic.Bool // spares the lock while all is well
 	mu      sync.Mutex
 	since   time.Time // of this outage
-	next    time.Time // no line before this
+	next    time.Time // no line before this, of this outage or another: there may be many short ones
 	lost    int       // profiles that failed in this outage
 	told    bool      // its beginning was logged
 }
 
+// down notes that u failed to take a profile, and why; the log may have the private cause.
 func (h *health) down(u *upstream, why *fault) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -913,6 +969,7 @@ func (h *health) down(u *upstream, why *fault) {
 	h.told, h.next = true, now.Add(quietFor)
 }
 
+// up notes that u took a profile. An outage that was never logged ends without a line as well.
 func (h *health) up(u *upstream) {
 	if !h.failing.Load() {
 		return
@@ -926,26 +983,28 @@ func (h *health) up(u *upstream) {
 
 // A fanout copies payloads to all upstreams. Safe for concurrent use.
 type fanout struct {
-	required, mirrors []*upstream
-	hurry             context.CancelFunc // see upstream.hurry
+	required, mirrors []*upstream        // in the order of the command line; constant
+	hurry             context.CancelFunc // see upstream.hurry; nil: no spool
 
-	mirrorRoom int64 // bytes of bodies that mirrors may hold
-	mirrorHeld atomic.Int64
+	mirrorRoom int64          // bytes of bodies that mirrors may hold, all together
+	mirrorHeld atomic.Int64   // bytes that they do hold, a body that several share once
 	running    sync.WaitGroup // mirror deliveries, which outlive their requests
 	crew       crew
 }
 
-// maxCrew is how many goroutines without work are kept.
+// maxCrew is how many goroutines without work are kept: each costs the stack that it has grown.
 const maxCrew = 64
 
 // A crew runs functions, each on a goroutine of its own, and keeps some of these: a new one would have to grow its stack
-// several times on the way down to the network, which costs as much as two system calls. Safe for concurrent use.
+// several times on the way down to the network, which costs as much as two system calls. Safe for concurrent use. work
+// must be made; those that are kept stay until the process ends.
 type crew struct {
-	work chan func() // unbuffered: goes to one that is idle
-	idle atomic.Int32
+	work chan func()  // unbuffered: goes to one that is idle
+	idle atomic.Int32 // how many wait for work, or are about to
 }
 
-// run calls f on another goroutine, at once.
+// run calls f on another goroutine, at once: where none is idle, on a new one. It does not wait for f, and an idle
+// goroutine holds on to nothing of what it ran.
 func (c *crew) run(f func()) {
 	select {
 	case c.work <- f:
@@ -969,9 +1028,10 @@ func (c *crew) stay(f func()) {
 
 // send offers p to every upstream and returns when every required one has accepted it, or has it in its spool, or has
 // failed for good, or p.expires has come. ctx is the client's: when it is cancelled, a call with a deadline of its own
-// is given up, all else is delivered all the same. The caller keeps its own hold on p.
+// is given up, all else is delivered all the same. The caller keeps its own hold on p, and may let go of it when send
+// returns, though mirrors are not done. Without a required upstream it is success at once.
 func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
-	p.lines = wire(p.header)
+	p.lines = wire(p.header) // once for all upstreams, and before any of them has p
 	f.mirror(ctx, p)
 	if !p.timed {
 		ctx = context.WithoutCancel(ctx)
@@ -996,12 +1056,14 @@ func (f *fanout) send(ctx context.Context, p *payload) (reply, *fault) {
 	return outs[0].reply, merge(f.required, outs)
 }
 
-// mirror starts the deliveries that no client waits for, if they have room for the body.
+// mirror starts the deliveries that no client waits for, if they have room for the body. All mirrors share the room
+// that is taken for it, and the last to be done gives it back; where there is none, none of them gets the body.
 func (f *fanout) mirror(ctx context.Context, p *payload) {
 	if len(f.mirrors) == 0 {
 		return
 	}
 	charge := max(int64(cap(p.body)), min(minMirrorCharge, f.mirrorRoom/mirrorCount)) // of what it really holds
+	// Taken first and then compared: two at once must not both find the last of it.
 	if f.mirrorHeld.Add(charge) > f.mirrorRoom {
 		f.mirrorHeld.Add(-charge)
 		for _, u := range f.mirrors {
@@ -1015,7 +1077,7 @@ func (f *fanout) mirror(ctx context.Context, p *payload) {
 	p.hold()
 	for _, u := range f.mirrors {
 		f.running.Go(func() {
-			ctx := context.WithoutCancel(ctx)
+			ctx := context.WithoutCancel(ctx) // the request's ends with its handler, before the mirrors are done
 			u.settle(ctx, p, u.deliver(ctx, p, p.expires))
 			if left.Add(-1) == 0 {
 				f.mirrorHeld.Add(-charge)
@@ -1035,7 +1097,7 @@ func (f *fanout) startSpools() {
 }
 
 // stopSpools lets nothing more out of the spools. What is on its way gets a moment to arrive: cut short, it might
-// arrive twice.
+// arrive twice. That moment, spoolTime or until ctx ends, is one for all spools, which are stopped one by one.
 func (f *fanout) stopSpools(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, spoolTime)
 	defer cancel()
@@ -1047,7 +1109,7 @@ func (f *fanout) stopSpools(ctx context.Context) {
 }
 
 // wait returns once no mirror is being delivered to and the spools are at rest, or with false when ctx ends first. No
-// send may be under way.
+// send may be under way. What is not done by then goes on until the process ends.
 func (f *fanout) wait(ctx context.Context) bool {
 	f.stopSpools(ctx)
 	done := make(chan struct{})
@@ -1064,7 +1126,8 @@ func (f *fanout) wait(ctx context.Context) bool {
 }
 
 // abandon counts the profiles that are still being delivered as dropped, because the process is about to end, and
-// returns a line for each upstream that has some.
+// returns a line for each upstream that has some. It stops none of them; those on their way into the spool are not
+// counted.
 func (f *fanout) abandon() (lines []string) {
 	for _, u := range slices.Concat(f.required, f.mirrors) {
 		if n := u.pending.Load(); n > 0 {
@@ -1085,21 +1148,23 @@ type direct struct {
 	line [2]string // how requests begin, up to the query; by routeIngest, routePush
 
 	mu   sync.Mutex
-	idle []*directConn // the one used last is at the end
+	idle []*directConn // at most maxIdleUpstream; the one used last is at the end
 	era  int           // counts failures: a connection is not pooled if one came after it was dialled
 }
 
-// A directConn is one connection. Between take or dial and put it belongs to one exchange.
+// A directConn is one connection. Between take or dial and put it belongs to one exchange, which writes. Its other
+// goroutine, listen, reads, from the first moment to the last: that the server has hung up is known as soon as it does,
+// and not only at the next use.
 type directConn struct {
 	net.Conn
 	pool    *direct
-	era     int
+	era     int               // of pool, from before it was dialled
 	ended   bool              // under pool.mu: nothing reads it any more
 	waiting atomic.Bool       // an exchange is to get what is read
 	sent    atomic.Bool       // its request is written
-	answers chan directAnswer // from listen; closed when it ends
+	answers chan directAnswer // from listen, one for each request; closed when it ends
 	parts   [3][]byte         // what out begins as
-	out     net.Buffers
+	out     net.Buffers       // what is not yet written
 
 	br   *bufio.Reader // these two for listen alone
 	room int64         // bytes that may still be read
@@ -1113,13 +1178,15 @@ type directAnswer struct {
 	clean bool // it is whole and nothing follows it: the connection can be used again
 }
 
+// Faults of a server, or of a request, that no package has an error for. They are causes, for the log.
 var (
 	errHungUp   = errors.New("the connection was closed without an answer")
 	errLongHead = errors.New("the head of the answer is longer than 64 KiB")
 	errBadHead  = errors.New("a line break in the query or in Host")
 )
 
-// newDirect is nil for the upstreams that need an http.Transport: https:// ones, and names in need of encoding.
+// newDirect is nil for the upstreams that need an http.Transport: https:// ones, and names in need of encoding. It does
+// not know of proxies: whoever has one must not ask.
 func newDirect(u *url.URL) *direct {
 	if u == nil || u.Scheme != "http" || strings.ContainsFunc(u.Host, func(r rune) bool { return r <= ' ' || r > '~' || r == '%' }) {
 		return nil
@@ -1132,12 +1199,13 @@ func newDirect(u *url.URL) *direct {
 }
 
 // exchange sends a request and reads the answer to its end, by deadline or until ctx ends. The message is not read any
-// more when it returns.
+// more when it returns. An error is that of ctx if it ended, and a net.Error with Timeout if the deadline came first.
 func (d *direct) exchange(ctx context.Context, deadline time.Time, message [3][]byte) (*answer, error) {
 	if c := d.take(); c != nil {
 		a := c.exchange(ctx, deadline, message)
 		// A pooled connection that ends without a word was most likely closed because it was idle. No client is to wait
-		// for a backoff because of that: once, the request is sent again on a new connection.
+		// for a backoff because of that: once, the request is sent again on a new connection. RFC 9110, section 9.2.2,
+		// warns against that for POST, which may arrive twice: so it may with every retry here.
 		if a.err == nil || a.begun || ctx.Err() != nil || !time.Now().Before(deadline) {
 			return a.answer, a.err
 		}
@@ -1150,7 +1218,7 @@ func (d *direct) exchange(ctx context.Context, deadline time.Time, message [3][]
 	return a.answer, a.err
 }
 
-// dial makes a connection.
+// dial makes a connection. A failure counts like one of a pooled connection: see forget.
 func (d *direct) dial(ctx context.Context, deadline time.Time) (*directConn, error) {
 	d.mu.Lock()
 	era := d.era
@@ -1164,7 +1232,7 @@ func (d *direct) dial(ctx context.Context, deadline time.Time) (*directConn, err
 	return d.adopt(nc, era), nil
 }
 
-// adopt starts to listen on a new connection.
+// adopt starts to listen on a new connection, and owns nc from then on. era is from before it was dialled.
 func (d *direct) adopt(nc net.Conn, era int) *directConn {
 	c := &directConn{Conn: nc, pool: d, era: era, answers: make(chan directAnswer, 1)}
 	c.br = bufio.NewReader(c)
@@ -1172,7 +1240,8 @@ func (d *direct) adopt(nc net.Conn, era int) *directConn {
 	return c
 }
 
-// take returns the pooled connection that was used last; nil if there is none.
+// take returns the pooled connection that was used last; nil if there is none. It is the least likely to be closed by
+// the server just now, and those that are not needed any more grow old.
 func (d *direct) take() *directConn {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1185,9 +1254,10 @@ func (d *direct) take() *directConn {
 	return c
 }
 
-// put pools a connection after an exchange, for idleUpstream at most.
+// put pools a connection after an exchange, for idleUpstream at most, or closes it: one that ended meanwhile has been
+// looked for in the pool already, and one of an older era may be as dead as what failed since.
 func (d *direct) put(c *directConn) {
-	c.SetDeadline(time.Now().Add(idleUpstream))
+	c.SetDeadline(time.Now().Add(idleUpstream)) // it is listen that meets it
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if c.ended || c.era != d.era || len(d.idle) >= maxIdleUpstream {
@@ -1198,7 +1268,8 @@ func (d *direct) put(c *directConn) {
 }
 
 // forget closes the pooled connections if they are of that era, so that the next exchange dials: one of them may just
-// have proved dead. Exchanges under way are not disturbed.
+// have proved dead. Exchanges under way are not disturbed; put closes their connections. Of several failures in one era
+// the first does it: what was dialled since is not suspect.
 func (d *direct) forget(era int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1212,7 +1283,7 @@ func (d *direct) forget(era int) {
 	d.idle = nil
 }
 
-// end takes c out of the pool, for good.
+// end takes c out of the pool, for good: put will not let it in again.
 func (d *direct) end(c *directConn) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1222,18 +1293,19 @@ func (d *direct) end(c *directConn) {
 	}
 }
 
-// exchange sends one request and waits for its answer. It puts c back, or closes it.
+// exchange sends one request and waits for its answer. It puts c back, or closes it. There is an answer or an error, or
+// both where an upstream claims success for a body that it was not sent.
 func (c *directConn) exchange(ctx context.Context, deadline time.Time, message [3][]byte) directAnswer {
 	stop := func() bool { return true }
-	if ctx.Done() != nil {
+	if ctx.Done() != nil { // else it cannot end, and AfterFunc would be for nothing
 		stop = context.AfterFunc(ctx, func() { c.Close() })
 	}
 	c.SetDeadline(deadline)
 	c.sent.Store(false)
-	c.waiting.Store(true)
+	c.waiting.Store(true) // before anything is written: listen takes what comes without it for unasked
 	c.parts = message
 	c.out = c.parts[:]
-	_, unsent := c.out.WriteTo(c.Conn)
+	_, unsent := c.out.WriteTo(c.Conn) // not to c: only a connection of package net takes all three in one system call
 	c.sent.Store(true)
 	// Whether or not all was sent, there may be an answer: a server that will not have the body says so before its end.
 	a, ok := <-c.answers
@@ -1242,6 +1314,7 @@ func (c *directConn) exchange(ctx context.Context, deadline time.Time, message [
 	} else if a.err == nil && a.status/100 == 2 && unsent != nil {
 		a.err = errTooSoon
 	}
+	// If stop comes too late, ctx has ended and c is being closed, however good the answer.
 	if stop() && a.clean && unsent == nil {
 		c.pool.put(c)
 		return a
@@ -1260,15 +1333,18 @@ func (c *directConn) exchange(ctx context.Context, deadline time.Time, message [
 }
 
 // listen reads answers for as long as the connection can be used. An idle one ends with the first byte that comes
-// unasked, as it does when the server closes it or idleUpstream is over.
+// unasked, as it does when the server closes it or idleUpstream is over. That byte could otherwise pass for the answer
+// to a request that was not made yet. c.answers has room for the one answer there can be: listen never waits for an
+// exchange.
 func (c *directConn) listen() {
+	// Last of all: an exchange that took c before it was out of the pool learns here that nothing will come.
 	defer close(c.answers)
 	defer c.Close()
 	defer c.pool.end(c)
 	for clean := true; clean; {
 		c.room = maxAnswerHeader
 		_, err := c.br.Peek(1)
-		if !c.waiting.Swap(false) {
+		if !c.waiting.Swap(false) { // each request has one answer
 			return
 		}
 		a := directAnswer{err: err}
@@ -1285,7 +1361,8 @@ func (c *directConn) listen() {
 	}
 }
 
-// read reads one answer.
+// read reads one answer. Interim ones are passed over (RFC 9110, section 15.2), except 101: what follows that is no
+// HTTP/1.1. An answer is clean only if no byte came after it, which would be read as the answer to the next request.
 func (c *directConn) read() directAnswer {
 	a := directAnswer{begun: true}
 	var resp *http.Response
@@ -1311,7 +1388,9 @@ func (c *directConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// message is p as it stands on the wire. RFC 9112, section 2.1.
+// message is p as it stands on the wire: the request line with what the relay says of its own accord, the other header
+// lines, the body. RFC 9112, section 2.1. The first part is new, the others are shared and must not be changed.
+// Content-Length is there even where it is 0, as RFC 9110, section 8.6, has it for POST. The error is errBadHead.
 func (u *upstream) message(p *payload) ([3][]byte, error) {
 	own := u.link.header()
 	host := u.host(own)

@@ -5,6 +5,9 @@ package main
 //
 // A connection has a slot from Accept to Close. A body has room in the budget from before its bytes are read until its
 // last upstream is done with it. What a request may carry upstream is an allow-list, decided here alone.
+//
+// A method whose name ends in Locked is called with the mutex of its limiter or budget held. The two are never held
+// together.
 
 import (
 	"bytes"
@@ -31,7 +34,8 @@ import (
 	"time"
 )
 
-// roomWait is how long a request waits for room in the budget before it is told 503.
+// roomWait is how long a request waits for room in the budget before it is told 503: long enough to sit out a burst,
+// and short enough that the client, which mostly gives up at 10 s, is still there to be told.
 const roomWait = 5 * time.Second
 
 // Steps of a body's buffer, in bytes. A buffer is made whole at once up to its step; beyond that it doubles as bytes
@@ -44,23 +48,30 @@ const (
 )
 
 // maxLitter is how many bytes of bodies that are done with may lie about, beyond the budget, before they are collected.
+// With maxKept it comes to half of what the memory limit allows for besides bodies (baseMemory); connections need the
+// rest.
 const maxLitter = 8 << 20
 
 // maxTenant is the longest tenant ID Pyroscope takes, in bytes.
 const maxTenant = 150
 
-// lingerTime is how long the rest of a body is read after its request was refused.
+// lingerTime is how long the rest of a body is read after its request was refused: for as long as most clients wait for
+// an answer.
 const lingerTime = 10 * time.Second // at most -server-read-timeout
 
-// answerMargin is kept between the last moment of a delivery and the write timeout, for writing the answer.
+// answerMargin is kept between the last moment of a delivery and the write timeout, for writing the answer: after the
+// write timeout net/http can write nothing, and the client would see its connection end without a word.
 const answerMargin = 500 * time.Millisecond
 
-// answerBy is how long after a request's head its answer is begun at the latest, with that write timeout.
+// answerBy is how long after a request's head its answer is begun at the latest, with that write timeout. Under a write
+// timeout below 5 s a tenth of it is margin enough.
 func answerBy(writeTimeout time.Duration) time.Duration {
 	return writeTimeout - min(answerMargin, writeTimeout/10)
 }
 
-// lastLook is how long a connection that is to make room is read once more: bytes that came meanwhile save it.
+// lastLook is how long a connection that is to make room is read once more: bytes that came meanwhile save it. A
+// deadline that is already over would not do: net reports it without looking at the socket. Nor must it be long:
+// whoever waits for the slot waits that long, too.
 const lastLook = 5 * time.Millisecond
 
 // quietHTTP2 is how long an idle HTTP/2 connection must have been silent before it is closed to make room: bytes may be
@@ -68,39 +79,45 @@ const lastLook = 5 * time.Millisecond
 const quietHTTP2 = 250 * time.Millisecond
 
 // arrivalTime is how long, when the relay stops, a connection may take from its first moment to its first byte, and
-// from the closing of the listener to the end of a request's head.
+// from the closing of the listener to the end of a request's head: the round trips of a TLS handshake fit in.
 const arrivalTime = time.Second
 
-// connStep is how many connections more it takes to make the runtime's memory limit larger.
+// connStep is how many connections more it takes to make the runtime's memory limit larger. The first step is part of
+// baseMemory.
 const connStep = 1024
 
 // A connLimiter is a listener that has at most so many of its connections open. At the limit the next connection is
 // accepted and parked; it gets the slot of the first that closes, and the longest idle one is asked to.
 //
-// It goes below TLS, and its state method into http.Server.ConnState. Accept returns only the errors of the listener
-// inside; Close ends an Accept that waits for a slot, and asks every idle connection to go.
+// It goes below TLS, as http.Server must see the *tls.Conn itself to speak HTTP/2 over it, and its state method goes
+// into http.Server.ConnState. Accept returns only the errors of the listener inside; Close ends an Accept that waits
+// for a slot, and asks every idle connection to go.
+//
+// Accept is for one goroutine at a time, as http.Server has it: parked and asked are about the one connection that it
+// holds back. All else is safe for concurrent use.
 type connLimiter struct {
 	net.Listener
 	slots   chan struct{} // a semaphore; nil: no limit
-	closed  chan struct{}
+	closed  chan struct{} // closed by Close, for the Accept that waits for a slot
 	close   sync.Once
 	metrics *metrics
 	log     *slog.Logger
-	full    throttle
+	full    throttle // of the warning that there is no slot
 
 	readTimeout time.Duration  // of HTTP/2 heads; 0 = none; constant
-	grown       func(most int) // if not nil, told in steps of connStep how many connections were open at most
+	grown       func(most int) // if not nil, told in steps of connStep how many connections were open at most; constant
 
 	mu       sync.Mutex
-	most     int // connStep and up
-	open     map[*limitedConn]bool
-	idle     list.List // of *limitedConn, the longest idle first
-	parked   bool      // a connection waits for a slot
-	asked    bool      // room is being made for it
-	stopping bool
+	most     int                   // what grown was told last; at first connStep, which it is not told
+	open     map[*limitedConn]bool // from Accept to Close, with a slot or without
+	idle     list.List             // of *limitedConn, the longest idle first
+	parked   bool                  // a connection waits for a slot
+	asked    bool                  // room is being made for it, and nobody else is asked
+	stopping bool                  // Close was called: all idle ones are asked
 }
 
-// limitListener lets limit connections of l be open at once, 0 = any number.
+// limitListener lets limit connections of l be open at once, 0 = any number. From then on l is used through the result
+// alone. readTimeout and grown may be set before the first Accept.
 func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *connLimiter {
 	c := &connLimiter{Listener: l, closed: make(chan struct{}), metrics: m, log: log, most: connStep, open: map[*limitedConn]bool{}}
 	if limit > 0 {
@@ -110,6 +127,8 @@ func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *con
 	return c
 }
 
+// Accept takes a connection first and its slot second: idle connections are asked to go only once there is somebody to
+// go for. Later clients wait in the kernel's queue meanwhile.
 func (l *connLimiter) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
 	if err != nil {
@@ -120,7 +139,7 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 	l.metrics.connections.Add(1)
 	l.mu.Lock()
 	l.open[c] = true
-	if l.stopping {
+	if l.stopping { // Close did not find c in open
 		c.askLocked()
 	}
 	more := len(l.open) > l.most
@@ -136,7 +155,7 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 }
 
 // Close stops accepting and lets the connections go that wait for a request, bytes that have arrived being looked at
-// first. It may be called again.
+// first. It does not wait for them: wait does. The error is that of the listener inside; called again, it does nothing.
 func (l *connLimiter) Close() error {
 	var err error
 	l.close.Do(func() {
@@ -156,7 +175,8 @@ func (l *connLimiter) Close() error {
 }
 
 // wait returns once no connection is open, or with false when ctx ends first. Requests get arrivalTime to arrive: after
-// it, connections that the server does not serve are closed. Call it after Close.
+// it, connections that the server does not serve are closed. Call it after Close, and as long as the server runs: it is
+// the server that closes connections.
 func (l *connLimiter) wait(ctx context.Context) bool {
 	late := time.Now().Add(arrivalTime)
 	for {
@@ -178,7 +198,8 @@ func (l *connLimiter) wait(ctx context.Context) bool {
 }
 
 // acquire takes a slot, waiting for one if need be. It does not get one if there is no limit, or once the listener is
-// closed: the connection that waited then is served over the limit, so that its request is not lost.
+// closed: the connection that waited then is served over the limit, so that its request is not lost. Every wait is
+// counted, however short.
 func (l *connLimiter) acquire() bool {
 	if l.slots == nil {
 		return false
@@ -219,7 +240,8 @@ func (l *connLimiter) askLocked() {
 }
 
 // wantsRoom reports whether a connection should be closed with its answer because another waits for its slot. It says
-// yes once for each that waits.
+// yes once for each that waits, and counts the caller's connection as reclaimed: a caller that is told yes must close
+// it.
 func (l *connLimiter) wantsRoom() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -231,7 +253,9 @@ func (l *connLimiter) wantsRoom() bool {
 	return true
 }
 
-// state follows the server's view of its connections; for http.Server.ConnState.
+// state follows the server's view of its connections; for http.Server.ConnState. The server calls a connection active
+// once it has read a whole HTTP/1 head, and as long as HTTP/2 streams are open: half a head does not count. Connections
+// that are none of this limiter's are let pass.
 func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 	h2 := false
 	if t, ok := nc.(*tls.Conn); ok {
@@ -249,6 +273,9 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 	c.oweLocked(time.Time{})
 	c.fresh = s == http.StateIdle && c.h2 && !c.rested // a server of HTTP/2 says so before the first request
 	c.rested = c.rested || s == http.StateIdle
+	// Of HTTP/1, bytes that came since the last Write belong to the next request: that connection is busy already. Of
+	// HTTP/2 they need not. It is put on the list before unanswered is looked at again, and stir does the two in
+	// reverse: one of them sees a Read that happens just now.
 	if s == http.StateIdle && (c.h2 || !c.unanswered.Load()) {
 		c.idleLocked()
 		if c.fresh || c.unanswered.Load() {
@@ -260,11 +287,15 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 // A limitedConn gives its slot back when it is closed for the first time. While the server thinks it idle, it may be
 // asked to make room: its Read is woken, looks for bytes once more, and reports a timeout if there are none, whereupon
 // the server closes it. No request is lost that way: a connection that bytes were read from is no longer idle.
+//
+// The socket has one read deadline and three uses for it: the server's own (deadline), making room (leaving, looked),
+// and half a head on HTTP/2 (owed). Making room goes first; which one a Read has met, woken tells from the fields. Read
+// is for one goroutine at a time, as net/http has it; all else is safe for concurrent use.
 type limitedConn struct {
 	net.Conn
 	limiter    *connLimiter
-	slot       bool // it holds one; constant
-	once       sync.Once
+	slot       bool        // it holds one; constant
+	once       sync.Once   // of Close
 	unanswered atomic.Bool // bytes were read since the last Write
 	resting    atomic.Bool // place != nil or leaving
 
@@ -272,24 +303,25 @@ type limitedConn struct {
 	begun    bool          // a byte was read
 	known    bool          // the server has seen a request, or an HTTP/2 preface
 	serving  bool          // the server is at a request
-	place    *list.Element // in limiter.idle
+	place    *list.Element // in limiter.idle; nil if leaving
 	leaving  bool          // asked to make room
 	looked   bool          // its last look has begun
 	gone     bool          // its time is over: every Read reports a timeout
-	h2       bool
-	rested   bool      // it was idle before
-	fresh    bool      // on HTTP/2: there was no request yet
-	heard    time.Time // when bytes came while it was idle; when it was accepted
-	owed     time.Time // on HTTP/2: since when it has said something that may be half a head; zero: it has not
-	deadline time.Time // for reading, as the server set it
+	h2       bool          // it speaks HTTP/2
+	rested   bool          // it was idle before
+	fresh    bool          // on HTTP/2: there was no request yet
+	heard    time.Time     // when bytes came while it was idle; when it was accepted
+	owed     time.Time     // on HTTP/2: since when it has said something that may be half a head; zero: it has not
+	deadline time.Time     // for reading, as the server set it
 }
 
+// Close closes the connection and, the first time, gives its slot back.
 func (c *limitedConn) Close() error {
 	c.once.Do(func() {
 		l := c.limiter
 		l.mu.Lock()
 		c.unlistLocked()
-		c.leaving = false
+		c.leaving = false // StateClosed comes after this: busyLocked would ask another to go in c's place
 		delete(l.open, c)
 		l.mu.Unlock()
 		l.metrics.connections.Add(-1)
@@ -301,7 +333,7 @@ func (c *limitedConn) Close() error {
 }
 
 // CloseWrite ends the relay's side alone: the server does so when a client may still be sending, to let it read the
-// answer.
+// answer (RFC 9112, section 9.6).
 func (c *limitedConn) CloseWrite() error {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -309,6 +341,7 @@ func (c *limitedConn) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
+// unlistLocked takes c off the idle list, if it is there.
 func (c *limitedConn) unlistLocked() {
 	c.resting.Store(false)
 	if c.place != nil {
@@ -327,13 +360,15 @@ func (c *limitedConn) busyLocked() {
 	}
 }
 
+// idleLocked puts c on the idle list, behind all others. It must be neither there nor leaving; it may be asked at once.
 func (c *limitedConn) idleLocked() {
 	c.place = c.limiter.idle.PushBack(c)
 	c.resting.Store(true)
 	c.limiter.askLocked()
 }
 
-// askLocked asks c to make room. It wakes the Read that c waits in; woken does the rest.
+// askLocked asks c to make room. It wakes the Read that c waits in, or the next one, by a deadline that is over; woken
+// does the rest.
 func (c *limitedConn) askLocked() {
 	c.unlistLocked()
 	c.resting.Store(true)
@@ -341,11 +376,13 @@ func (c *limitedConn) askLocked() {
 	c.Conn.SetReadDeadline(time.Unix(1, 0))
 }
 
+// Write counts as the answer to all that was read before it.
 func (c *limitedConn) Write(p []byte) (int, error) {
 	c.unanswered.Store(false)
 	return c.Conn.Write(p)
 }
 
+// Read returns the error of a deadline only where woken says so: most were set to wake it.
 func (c *limitedConn) Read(p []byte) (int, error) {
 	for {
 		n, err := c.Conn.Read(p)
@@ -363,7 +400,8 @@ func (c *limitedConn) Read(p []byte) (int, error) {
 }
 
 // stir notes that bytes were read. An HTTP/1 connection is busy from then on. On HTTP/2 they may be a ping: it stays
-// idle, for the shortest time of all, until the server says that they began a request.
+// idle, for the shortest time of all, until the server says that they began a request. A connection without TLS is
+// taken for HTTP/2 if its first Read begins like the preface (RFC 9113, section 3.4); of one with TLS state knows.
 func (c *limitedConn) stir(p []byte) {
 	answered := !c.unanswered.Swap(true)
 	if c.begun && !c.resting.Load() {
@@ -403,7 +441,9 @@ func (c *limitedConn) oweLocked(since time.Time) {
 	}
 }
 
-// woken says what a Read that met a deadline does: read again, or return err.
+// woken says what a Read that met a deadline does: read again, or return err. After c.gone it is err for ever, whatever
+// deadline the server sets. A connection that is leaving comes here twice: woken by askLocked, it gets its last look;
+// when that is over without a byte, it goes. It stays if another has made the room meanwhile.
 func (c *limitedConn) woken() (again bool, err error) {
 	l, now := c.limiter, time.Now()
 	l.mu.Lock()
@@ -438,7 +478,8 @@ func (c *limitedConn) woken() (again bool, err error) {
 	return false, os.ErrDeadlineExceeded
 }
 
-// lookUntil is the end of the last look at a connection that is asked to go.
+// lookUntil is the end of the last look at a connection that is asked to go: after lastLook, or later where nothing was
+// heard yet or HTTP/2 was heard of just now.
 func (c *limitedConn) lookUntil(now time.Time) time.Time {
 	look := now.Add(lastLook)
 	switch {
@@ -470,43 +511,49 @@ func (c *limitedConn) SetDeadline(t time.Time) error {
 // is given step by step, and only where enough stays for all that have begun to be read to their ends, one after the
 // other (the banker's algorithm): bodies that fill the budget together take turns and never wait for each other. Safe
 // for concurrent use.
+//
+// Room is a number and the buffers are memory: used buffers that are kept, and those that wait for the collector, are
+// outside of size.
 type budget struct {
 	size    int64
 	metrics *metrics
 
 	mu      sync.Mutex
-	free    int64
+	free    int64           // size less what all shares hold; never below 0
 	growing map[*share]bool // those that have begun and may need more
-	waiting list.List       // of *claim
+	waiting list.List       // of *claim: those that have begun, then the others in the order they came
 
 	kept      [256][][]byte // used buffers, by class
-	keptBytes int64
-	litter    int64      // bytes of buffers let go, and perhaps not yet found by the collector
-	sweep     sync.Mutex // one collection at a time
+	keptBytes int64         // their capacities; at most maxKept
+	litter    int64         // bytes of buffers let go, and perhaps not yet found by the collector
+	sweep     sync.Mutex    // one collection at a time
 }
 
-// newBudget has room for size bytes.
+// newBudget has room for size bytes. No share may have a limit above size: it would never get there.
 func newBudget(size int64, m *metrics) *budget {
 	return &budget{size: size, metrics: m, free: size, growing: map[*share]bool{}}
 }
 
-// A share is what one body has of a budget. It belongs to the budget while take runs.
+// A share is what one body has of a budget. The budget alone changes held; the body's goroutine may read it except
+// while take runs.
 type share struct {
-	held  int64
-	limit int64 // the most it may come to need
+	held  int64 // bytes
+	limit int64 // the most it may come to need; set before the first take
 }
 
+// need is how many bytes more it may ask for.
 func (s *share) need() int64 { return s.limit - s.held }
 
 // A claim is a share that waits for more.
 type claim struct {
 	*share
-	bytes   int64
+	bytes   int64         // beyond what it holds
 	granted chan struct{} // closed under budget.mu
 }
 
-// take reserves n bytes more for s, waiting for them until patience or ctx ends; false if they did not come free. Call
-// give once for what s holds in the end, and before that whole.
+// take reserves n bytes more for s, waiting for them until patience or ctx ends; false if they did not come free, and s
+// holds what it held. n may be 0, for a body without bytes: that never waits. Call give once for what s holds in the
+// end, and before that whole.
 func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Duration) bool {
 	b.mu.Lock()
 	if (n == 0 || s.held > 0 || b.waiting.Len() == 0) && b.grantLocked(s, n) {
@@ -539,7 +586,8 @@ func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Dura
 	}
 }
 
-// grantLocked gives n bytes to s, if they are there and can be spared.
+// grantLocked gives n bytes to s, if they are there and can be spared. Bytes that make s whole can always be spared:
+// such a body waits for no other, and gives back all it holds.
 func (b *budget) grantLocked(s *share, n int64) bool {
 	if n > b.free {
 		return false
@@ -562,8 +610,9 @@ func (b *budget) grantLocked(s *share, n int64) bool {
 	return true
 }
 
-// safeLocked tells whether all that are growing can get what they may still need, if each gives back what it has when it
-// is done. Those that need nothing more will be done in any case.
+// safeLocked tells whether all that are growing can get what they may still need, if each gives back what it has when
+// it is done. Those that need nothing more will be done in any case, so that their room counts as spare. Whoever needs
+// least goes first: if that one cannot be served, none can.
 func (b *budget) safeLocked() bool {
 	spare, most := b.size, int64(0)
 	for s := range b.growing {
@@ -581,7 +630,8 @@ func (b *budget) safeLocked() bool {
 	return true
 }
 
-// whole says that s needs no more.
+// whole says that s needs no more, for it is read or given up: nothing has to be set aside for it. It may be called for
+// a share that never took anything.
 func (b *budget) whole(s *share) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -591,7 +641,7 @@ func (b *budget) whole(s *share) {
 	}
 }
 
-// give returns n bytes.
+// give returns n bytes: all that a share holds. The share is not used again.
 func (b *budget) give(n int64) {
 	b.metrics.inflightBytes.Add(-n)
 	b.mu.Lock()
@@ -601,7 +651,7 @@ func (b *budget) give(n int64) {
 }
 
 // serveLocked gives room to those that wait: to all that have begun, as far as it can be spared, then to the others in
-// their order.
+// their order. The first of these that finds no room ends it: nobody overtakes.
 func (b *budget) serveLocked() {
 	var next *list.Element
 	for e := b.waiting.Front(); e != nil; e = next {
@@ -623,19 +673,22 @@ const (
 	largestReused  = 1 << 20
 )
 
-// maxKept is how many bytes of used buffers are kept.
+// maxKept is how many bytes of used buffers are kept at most: those of a hundred bodies of the common 64 KiB.
 const maxKept = 8 << 20
 
-// bufferClass is the index and the capacity of the buffers for n bytes, of which a sixteenth at most is not used.
+// bufferClass is the index and the capacity of the buffers for n bytes, of which a sixteenth at most is not used: there
+// are sixteen capacities to each power of two. From smallestReused to largestReused the classes are 144 to 272, modulo
+// 256: no two capacities share one. n must be in that range.
 func bufferClass(n int64) (class int, capacity int64) {
 	shift := bits.Len64(uint64(n-1)) - 5
 	parts := (n-1)>>shift + 1 // 17 to 32
 	return (16*shift + int(parts)) % 256, parts << shift
 }
 
-// buffer returns an empty slice for n bytes that were taken. When buffers in use and those let go together exceed the
-// budget, it collects garbage first: left to itself the collector comes too late when many large bodies replace each
-// other at once.
+// buffer returns an empty slice with a capacity of at least n, for n bytes that were taken. Behind its end there may be
+// another body's bytes, so that it must only be extended over what was written. When buffers in use and those let go
+// together exceed the budget, it collects garbage first: left to itself the collector comes too late when many large
+// bodies replace each other at once.
 func (b *budget) buffer(n int64) []byte {
 	capacity := n
 	if n >= smallestReused && n <= largestReused {
@@ -673,7 +726,8 @@ func (b *budget) reuse(class int) []byte {
 	return used
 }
 
-// discard takes back what buffer returned. Nobody may read or write it any more.
+// discard takes back what buffer returned, or nil. Nobody may read or write it any more. A body's is called before
+// give, so that whoever gets the room finds the buffer.
 func (b *budget) discard(used []byte) {
 	size := int64(cap(used))
 	b.mu.Lock()
@@ -688,26 +742,28 @@ func (b *budget) discard(used []byte) {
 }
 
 // A route is what one of the two ways in does with a request's head: an exchange that reads its body and answers it.
-// The exchange is there even when the fault is, to answer with.
+// The exchange is there even when the fault is, to answer with. The body is not read.
 type route func(*http.Request) (exchange, *fault)
 
-// An exchange is one request from its head to its answer, in the client's own protocol.
+// An exchange is one request from its head to its answer, in the client's own protocol. It is used by one goroutine.
 type exchange interface {
-	// payload makes of the whole body what goes upstream: its bytes are not copied. header is the gate's allow-list
-	// of the request's headers, and the payload's from then on.
+	// payload makes of the whole body what goes upstream: its bytes are not copied, hence the caller's to take back
+	// once nobody uses the payload. header is the gate's allow-list of the request's headers, and the payload's from
+	// then on; its values are shared with the request's. The fault is one of the client's.
 	payload(header http.Header, body []byte) (*payload, *fault)
-	// accept and refuse write the answer and return what to count it as: an HTTP status or "grpc-N".
+	// accept and refuse write the answer and return what to count it as: an HTTP status or "grpc-N". One of them is
+	// called, once. What they cannot write is lost: the client has gone.
 	accept(http.ResponseWriter, reply) string
 	refuse(http.ResponseWriter, *fault) string
-	// timeout is the client's own deadline, counted from the request's head; false if it set none.
+	// timeout is the client's own deadline, counted from the request's head and above 0; false if it set none.
 	timeout() (time.Duration, bool)
 }
 
 // A gate is the handler of the data port. It turns away what it must, reads bodies within the limits, hands each to the
-// fan-out and sees to the answer.
+// fan-out and sees to the answer. Its fields are constant once it serves.
 type gate struct {
-	maxBody         int64
-	deliveryTimeout time.Duration
+	maxBody         int64         // bytes, a gRPC envelope included
+	deliveryTimeout time.Duration // from the moment a body is whole
 	readTimeout     time.Duration // 0 = none
 	writeTimeout    time.Duration // 0 = none
 	forward         []string      // canonical names of the headers that go upstream
@@ -718,17 +774,17 @@ type gate struct {
 	fan             *fanout
 	metrics         *metrics
 	log             *slog.Logger
-	ready           func() bool
+	ready           func() bool                 // false once the relay was told to stop
 	origins         *http.CrossOriginProtection // its zero-value policy: browsers may not post across origins
 }
 
-// newVia makes a pseudonym that no other relay has, this one after a restart included.
+// newVia makes a pseudonym that no other relay has, this one after a restart included: it has 80 random bits.
 func newVia() string {
 	return "pyroscope-relay-" + strings.ToLower(rand.Text()[:16])
 }
 
 // forwarded are the headers that go upstream by default. Never among them: Authorization, Cookie, Forwarded,
-// X-Forwarded-*, and what belongs to one hop (RFC 9110, section 7.6.1).
+// X-Forwarded-*, and what belongs to one hop (RFC 9110, section 7.6.1). The slice is the caller's.
 func forwarded() []string {
 	return []string{
 		"Content-Type", "Content-Encoding", "User-Agent", "Accept", "X-Scope-Orgid", "Traceparent", "Tracestate",
@@ -736,6 +792,8 @@ func forwarded() []string {
 	}
 }
 
+// ServeHTTP compares paths by itself: an http.ServeMux would redirect //ingest, which is to be served, and
+// /x/../ingest, which is none of ours.
 func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.metrics.inflightRequests.Add(1)
 	defer g.metrics.inflightRequests.Add(-1)
@@ -755,7 +813,8 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// slashes makes runs of slashes one: clients whose base URL ends in a slash send them.
+// slashes makes runs of slashes one: clients whose base URL ends in a slash send them. Nothing else of a path is
+// cleaned.
 func slashes(path string) string {
 	for strings.Contains(path, "//") {
 		path = strings.ReplaceAll(path, "//", "/")
@@ -763,7 +822,7 @@ func slashes(path string) string {
 	return path
 }
 
-// plain answers what no protocol of ours has been recognised in; header is a list of names and values.
+// plain answers, and counts, what no protocol of ours has been recognised in; header is a list of names and values.
 func (g *gate) plain(w http.ResponseWriter, r *http.Request, id routeID, status int, text string, header ...string) {
 	for i := 0; i+1 < len(header); i += 2 {
 		w.Header().Set(header[i], header[i+1])
@@ -773,7 +832,7 @@ func (g *gate) plain(w http.ResponseWriter, r *http.Request, id routeID, status 
 	g.metrics.request(id, strconv.Itoa(status))
 }
 
-// serve takes one profile from its head to its answer.
+// serve takes one profile from its head to its answer, and counts it by route and code, once.
 func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt route) {
 	start := time.Now()
 	if r.Method != http.MethodPost {
@@ -802,7 +861,7 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 		if f.reason != "" {
 			g.metrics.rejected[f.reason].Add(1)
 		}
-		if f.reason != rejectBodyRead {
+		if f.reason != rejectBodyRead { // of such a body no more is to be had
 			g.linger(w, r)
 		}
 	}
@@ -813,8 +872,8 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 }
 
 // linger reads what is left of a body whose answer was written early, and forgets it. A client that sends everything
-// before it reads would otherwise find its connection reset instead of the answer. HTTP/2 needs no such thing, and a
-// client that waits for 100 Continue is not going to send.
+// before it reads would otherwise find its connection reset instead of the answer (RFC 9112, section 9.6). HTTP/2 needs
+// no such thing, and a client that waits for 100 Continue is not going to send.
 func (g *gate) linger(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor != 1 || r.ContentLength == 0 || r.Header["Expect"] != nil {
 		return
@@ -823,13 +882,17 @@ func (g *gate) linger(w http.ResponseWriter, r *http.Request) {
 	if g.readTimeout > 0 {
 		patience = min(patience, g.readTimeout)
 	}
+	// Flush sends the answer, though net/http may read on before it does: up to 256 KiB, in the request's own time.
 	c := http.NewResponseController(w)
 	if c.Flush() == nil && c.SetReadDeadline(time.Now().Add(patience)) == nil {
 		io.Copy(io.Discard, r.Body)
 	}
 }
 
-// relay reads the body, sends it to all upstreams and returns what the client is to be told.
+// relay reads the body, sends it to all upstreams and returns what the client is to be told. start is the moment of the
+// request's head. The time of delivery is counted from the end of the body, but never beyond the moment at which to
+// answer or the client's own deadline. Mirrors may use the body after it returned: its buffer and its room come back by
+// p.free.
 func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x exchange, start time.Time) (reply, *fault) {
 	header, f := g.admit(r)
 	if f != nil {
@@ -854,7 +917,7 @@ func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x excha
 		g.room.give(held)
 		return reply{}, f
 	}
-	p.free = func() {
+	p.free = func() { // of the whole body, whatever part of it the payload is
 		g.room.discard(body)
 		g.room.give(held)
 	}
@@ -864,6 +927,7 @@ func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x excha
 	return g.fan.send(r.Context(), p)
 }
 
+// earlier is the first of two moments, later the other.
 func earlier(a, b time.Time) time.Time {
 	if a.Before(b) {
 		return a
@@ -878,12 +942,14 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// badRequest is a fault of the client's that it must mend before it tries again.
+// badRequest is a fault of the client's that it must mend before it tries again. reason is one of rejectReasons.
 func badRequest(reason, public string) *fault {
 	return &fault{status: http.StatusBadRequest, code: codeInvalidArgument, public: public, reason: reason}
 }
 
-// admit checks what a request says of itself besides its protocol, and picks the headers that go upstream.
+// admit checks what a request says of itself besides its protocol, and picks the headers that go upstream. They are a
+// new map, which shares its values with r. What Connection nominates is for this hop and does not go. To nominate the
+// tenant is refused: without it the profile would pass for somebody else's.
 func (g *gate) admit(r *http.Request) (http.Header, *fault) {
 	for _, v := range r.Header["Via"] {
 		if strings.Contains(v, g.via) {
@@ -914,7 +980,8 @@ func (g *gate) admit(r *http.Request) (http.Header, *fault) {
 	return header, nil
 }
 
-// checkTenant leaves one X-Scope-OrgID in header, or none, and refuses what no tenant can be.
+// checkTenant leaves one X-Scope-OrgID in header, or none, and refuses what no tenant can be. Of two that differ, which
+// one counts would be each upstream's own choice.
 func checkTenant(header http.Header) *fault {
 	tenants := header["X-Scope-Orgid"]
 	if len(tenants) == 0 {
@@ -940,7 +1007,7 @@ func checkTenant(header http.Header) *fault {
 
 // read returns the whole body in one slice, and how many bytes of the budget it holds, which the caller gives back. It
 // waits for room as long as patience lasts, all waits together, and for the client until last or -server-read-timeout.
-// On a fault nothing stays taken.
+// On a fault nothing stays taken. Its bytes are counted in either case.
 func (g *gate) read(w http.ResponseWriter, r *http.Request, id routeID, last time.Time, patience time.Duration) (body []byte, held int64, f *fault) {
 	if r.ContentLength > g.maxBody {
 		return nil, 0, g.tooLarge()
@@ -949,7 +1016,7 @@ func (g *gate) read(w http.ResponseWriter, r *http.Request, id routeID, last tim
 		http.NewResponseController(w).SetReadDeadline(last) // or nobody could be told that it was too slow
 	}
 	b := bodyBuffer{share: share{limit: r.ContentLength}, first: firstStep, second: declaredStep}
-	if b.limit < 0 {
+	if b.limit < 0 { // of unknown length: any, up to the largest
 		b.limit, b.second = g.maxBody, firstStep
 	} else if r.ProtoMajor == 1 {
 		b.first = declaredStep
@@ -968,7 +1035,8 @@ func (g *gate) read(w http.ResponseWriter, r *http.Request, id routeID, last tim
 	return nil, 0, bodyFault(err)
 }
 
-// A bodyBuffer is a body that is being read.
+// A bodyBuffer is a body that is being read. len(bytes) <= held <= cap(bytes), but for a moment in grow: only room that
+// was granted is written to.
 type bodyBuffer struct {
 	share
 	bytes         []byte
@@ -1000,7 +1068,8 @@ func (g *gate) fill(r *http.Request, b *bodyBuffer, patience time.Duration) erro
 	return err
 }
 
-// grow makes room in b for more, and returns what is left of patience.
+// grow makes room in b for more, and returns what is left of patience, which is spent on room alone, not on a slow
+// client. The error is a *fault; b is as it was then.
 func (g *gate) grow(r *http.Request, b *bodyBuffer, patience time.Duration) (time.Duration, error) {
 	if b.held > 0 && b.held == b.limit {
 		return 0, g.tooLarge()
@@ -1025,7 +1094,7 @@ func (g *gate) tooLarge() *fault {
 		public: fmt.Sprintf("the body is larger than %d bytes, the most this relay takes (-max-body-size)", g.maxBody)}
 }
 
-// bodyFault is the answer to a body that could not be read to its end.
+// bodyFault is the answer to a body that could not be read to its end: 408 if its time ran out, else 400.
 func bodyFault(err error) *fault {
 	f := badRequest(rejectBodyRead, "the body ended before it was whole")
 	f.cause = err
