@@ -751,3 +751,17 @@ func FuzzAnswer(f *testing.F) {
 		}
 	})
 }
+
+// A client that hangs up while its request dials proves nothing about the connections in use.
+func TestCancelledDialForgetsNothing(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	d := &direct{addr: deadAddr(t)}
+	if _, err := d.dial(ctx, time.Now().Add(time.Hour)); !errors.Is(err, context.Canceled) || d.era != 0 {
+		t.Errorf("%v, era %d", err, d.era)
+	}
+	if _, err := d.dial(t.Context(), time.Now().Add(time.Hour)); err == nil || d.era != 1 {
+		t.Errorf("%v, era %d", err, d.era)
+	}
+}

@@ -1097,13 +1097,15 @@ func (f *fanout) startSpools() {
 }
 
 // stopSpools lets nothing more out of the spools. What is on its way gets a moment to arrive: cut short, it might
-// arrive twice. That moment, spoolTime or until ctx ends, is one for all spools, which are stopped one by one.
+// arrive twice. That moment is spoolTime, or until ctx ends.
 func (f *fanout) stopSpools(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, spoolTime)
 	defer cancel()
+	var stopping sync.WaitGroup
+	defer stopping.Wait()
 	for _, u := range f.required {
 		if u.spool != nil {
-			u.spool.stop(ctx)
+			stopping.Go(func() { u.spool.stop(ctx) })
 		}
 	}
 }
@@ -1182,7 +1184,7 @@ type directAnswer struct {
 var (
 	errHungUp   = errors.New("the connection was closed without an answer")
 	errLongHead = errors.New("the head of the answer is longer than 64 KiB")
-	errBadHead  = errors.New("a line break in the query or in Host")
+	errBadHead  = errors.New("a space or a line break in the query, or a line break in Host")
 )
 
 // newDirect is nil for the upstreams that need an http.Transport: https:// ones, and names in need of encoding. It does
@@ -1226,7 +1228,9 @@ func (d *direct) dial(ctx context.Context, deadline time.Time) (*directConn, err
 	dialer := net.Dialer{Deadline: deadline}
 	nc, err := dialer.DialContext(ctx, "tcp", d.addr)
 	if err != nil {
-		d.forget(era)
+		if !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
+			d.forget(era)
+		}
 		return nil, err
 	}
 	return d.adopt(nc, era), nil
@@ -1394,7 +1398,7 @@ func (c *directConn) Read(p []byte) (int, error) {
 func (u *upstream) message(p *payload) ([3][]byte, error) {
 	own := u.link.header()
 	host := u.host(own)
-	if strings.ContainsAny(p.query, "\r\n") || strings.ContainsAny(host, "\r\n") {
+	if strings.ContainsAny(p.query, " \r\n") || strings.ContainsAny(host, "\r\n") {
 		return [3][]byte{}, errBadHead // nothing that was parsed has them, but they would begin a second request
 	}
 	b := append(make([]byte, 0, 256), u.direct.line[p.route]...)

@@ -10,7 +10,6 @@ package main
 // together.
 
 import (
-	"bytes"
 	"cmp"
 	"container/list"
 	"context"
@@ -104,7 +103,8 @@ type connLimiter struct {
 	log     *slog.Logger
 	full    throttle // of the warning that there is no slot
 
-	readTimeout time.Duration  // of HTTP/2 heads; 0 = none; constant
+	accepting   chan struct{}  // a semaphore: one Accept at a time
+	readTimeout time.Duration  // of heads that the server does not see to; 0 = none; constant
 	grown       func(most int) // if not nil, told in steps of connStep how many connections were open at most; constant
 
 	mu       sync.Mutex
@@ -119,7 +119,10 @@ type connLimiter struct {
 // limitListener lets limit connections of l be open at once, 0 = any number. From then on l is used through the result
 // alone. readTimeout and grown may be set before the first Accept.
 func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *connLimiter {
-	c := &connLimiter{Listener: l, closed: make(chan struct{}), metrics: m, log: log, most: connStep, open: map[*limitedConn]bool{}}
+	c := &connLimiter{
+		Listener: l, closed: make(chan struct{}), accepting: make(chan struct{}, 1), metrics: m, log: log,
+		most: connStep, open: map[*limitedConn]bool{},
+	}
 	if limit > 0 {
 		c.slots = make(chan struct{}, limit)
 	}
@@ -130,6 +133,8 @@ func limitListener(l net.Listener, limit int, m *metrics, log *slog.Logger) *con
 // Accept takes a connection first and its slot second: idle connections are asked to go only once there is somebody to
 // go for. Later clients wait in the kernel's queue meanwhile.
 func (l *connLimiter) Accept() (net.Conn, error) {
+	l.accepting <- struct{}{}
+	defer func() { <-l.accepting }()
 	nc, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
@@ -178,6 +183,12 @@ func (l *connLimiter) Close() error {
 // it, connections that the server does not serve are closed. Call it after Close, and as long as the server runs: it is
 // the server that closes connections.
 func (l *connLimiter) wait(ctx context.Context) bool {
+	select {
+	case l.accepting <- struct{}{}:
+		<-l.accepting // what Accept was at is in open now
+	case <-ctx.Done():
+		return false
+	}
 	late := time.Now().Add(arrivalTime)
 	for {
 		l.mu.Lock()
@@ -299,8 +310,10 @@ type limitedConn struct {
 	unanswered atomic.Bool // bytes were read since the last Write
 	resting    atomic.Bool // place != nil or leaving
 
-	// Under limiter.mu. begun is changed by Read alone, which therefore may read it without.
-	begun    bool          // a byte was read
+	// Under limiter.mu. These two are changed by Read alone, which therefore may read them without.
+	begun bool   // a byte was read
+	first []byte // the first of them, as many as prefaceStart has
+
 	known    bool          // the server has seen a request, or an HTTP/2 preface
 	serving  bool          // the server is at a request
 	place    *list.Element // in limiter.idle; nil if leaving
@@ -311,7 +324,7 @@ type limitedConn struct {
 	rested   bool          // it was idle before
 	fresh    bool          // on HTTP/2: there was no request yet
 	heard    time.Time     // when bytes came while it was idle; when it was accepted
-	owed     time.Time     // on HTTP/2: since when it has said something that may be half a head; zero: it has not
+	owed     time.Time     // since when it has said something that may be half a head; zero: it has not
 	deadline time.Time     // for reading, as the server set it
 }
 
@@ -355,7 +368,7 @@ func (c *limitedConn) busyLocked() {
 	c.unlistLocked()
 	if c.leaving {
 		c.leaving, c.limiter.asked = false, false
-		c.Conn.SetReadDeadline(c.deadline)
+		c.rearmLocked()
 		c.limiter.askLocked()
 	}
 }
@@ -401,15 +414,17 @@ func (c *limitedConn) Read(p []byte) (int, error) {
 
 // stir notes that bytes were read. An HTTP/1 connection is busy from then on. On HTTP/2 they may be a ping: it stays
 // idle, for the shortest time of all, until the server says that they began a request. A connection without TLS is
-// taken for HTTP/2 if its first Read begins like the preface (RFC 9113, section 3.4); of one with TLS state knows.
+// taken for HTTP/2 if it begins like the preface (RFC 9113, section 3.4); of one with TLS state knows.
 func (c *limitedConn) stir(p []byte) {
 	answered := !c.unanswered.Swap(true)
-	if c.begun && !c.resting.Load() {
+	more := len(prefaceStart) - len(c.first)
+	if c.begun && more == 0 && !c.resting.Load() {
 		return
 	}
 	c.limiter.mu.Lock()
 	defer c.limiter.mu.Unlock()
-	c.h2 = c.h2 || !c.begun && bytes.HasPrefix(p, []byte("PRI "))
+	c.first = append(c.first, p[:min(len(p), more)]...)
+	c.h2 = c.h2 || string(c.first) == prefaceStart
 	c.begun, c.heard = true, time.Now()
 	if c.place == nil && !c.leaving {
 		return
@@ -420,24 +435,37 @@ func (c *limitedConn) stir(p []byte) {
 		if c.owed.IsZero() || answered && !c.fresh {
 			c.oweLocked(c.heard)
 		}
+	} else if len(p) < serverPeek && c.known {
+		c.oweLocked(c.heard)
 	}
 }
 
-// oweLocked gives an idle HTTP/2 connection readTimeout, from since on, to make its first request, or a request of what
-// it has said since it was last answered, for the server sets no such deadline. A zero since takes the deadline back. A
-// ping is answered at once, hence harmless; other frames than requests may end an idle connection earlier than
+// prefaceStart tells an HTTP/2 connection from all requests of HTTP/1.
+const prefaceStart = "PRI "
+
+// serverPeek is how many bytes of a later request http.Server waits for with the patience it has for idle clients.
+const serverPeek = 4
+
+// oweLocked gives an idle connection readTimeout, from since on, to make its first request on HTTP/2, or a request of
+// what it has said since it was last answered, for the server sets no such deadline. A zero since takes the deadline
+// back. A ping is answered at once, hence harmless; other frames than requests may end an idle connection earlier than
 // -server-idle-timeout, but never a busy one.
 func (c *limitedConn) oweLocked(since time.Time) {
-	if c.owed.Equal(since) || !c.h2 || c.limiter.readTimeout == 0 {
+	if c.owed.Equal(since) || c.limiter.readTimeout == 0 {
 		return
 	}
 	c.owed = since
-	switch {
-	case c.leaving:
-	case since.IsZero():
+	if !c.leaving {
+		c.rearmLocked()
+	}
+}
+
+// rearmLocked sets the deadline of the socket to that of half a head, or else to the server's.
+func (c *limitedConn) rearmLocked() {
+	if c.owed.IsZero() {
 		c.Conn.SetReadDeadline(c.deadline)
-	default:
-		c.Conn.SetReadDeadline(since.Add(c.limiter.readTimeout))
+	} else {
+		c.Conn.SetReadDeadline(c.owed.Add(c.limiter.readTimeout))
 	}
 }
 
@@ -459,11 +487,11 @@ func (c *limitedConn) woken() (again bool, err error) {
 		return false, os.ErrDeadlineExceeded
 	case !c.leaving: // one of ours, too late
 		c.owed = time.Time{}
-		c.Conn.SetReadDeadline(c.deadline)
+		c.rearmLocked()
 		return true, nil
 	case !l.parked && !l.stopping: // another made the room
 		c.leaving = false
-		c.Conn.SetReadDeadline(c.deadline)
+		c.rearmLocked()
 		c.place = l.idle.PushFront(c)
 		return true, nil
 	case !c.looked:
@@ -850,7 +878,8 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 		re, f = g.relay(w, r, id, x, start)
 	}
 	// On HTTP/2 this sends GOAWAY: the client may go on with what it began, and begins nothing more.
-	if !g.ready() || r.ProtoMajor == 1 && g.conns.wantsRoom() {
+	// One that was refused may linger: another is to make room.
+	if !g.ready() || r.ProtoMajor == 1 && (f == nil || f.reason == "") && g.conns.wantsRoom() {
 		w.Header().Set("Connection", "close")
 	}
 	var code string
@@ -957,6 +986,9 @@ func (g *gate) admit(r *http.Request) (http.Header, *fault) {
 				public: "this request has passed through this relay before: an upstream leads back to it"}
 		}
 	}
+	if strings.Contains(r.URL.RawQuery, " ") { // HTTP/2 would bring it, and upstream it would end the URL
+		return nil, badRequest(rejectProtocol, "there is a space in the query: write %20")
+	}
 	var nominated []string // RFC 9110, section 7.6.1
 	for _, v := range r.Header["Connection"] {
 		for name := range strings.SplitSeq(v, ",") {
@@ -975,7 +1007,10 @@ func (g *gate) admit(r *http.Request) (http.Header, *fault) {
 	if f := checkTenant(header); f != nil {
 		return nil, f
 	}
-	received := strings.TrimSuffix(strings.TrimPrefix(r.Proto, "HTTP/"), ".0")
+	received := strings.TrimPrefix(r.Proto, "HTTP/")
+	if r.ProtoMajor > 1 {
+		received = strconv.Itoa(r.ProtoMajor)
+	}
 	header["Via"] = append(slices.Clip(r.Header["Via"]), received+" "+g.via)
 	return header, nil
 }

@@ -752,6 +752,40 @@ func TestForwardedHeaders(t *testing.T) {
 	}
 }
 
+// The version in Via is that of the request (RFC 9110, section 7.6.3), and a query goes into a request line: it may not
+// end it.
+func TestOtherVersions(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	c := dial(t, relay.addr)
+	write(t, c, "POST /ingest HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+	ended(t, c)
+	c = dialHTTP2(t, relay.addr)
+	var statuses []byte // in the static table of HPACK
+	br := bufio.NewReader(c)
+	for i, path := range []string{"/ingest?a=%20", "/ingest?a b", "/ingest?a=HTTP/1.0 HTTP/1.1"} {
+		write(t, c, frame(frameHeaders, flagEnd|flagEndHeaders, uint32(2*i+1), requestBlock(path)))
+		frames(t, br, func(f gotFrame) bool {
+			if f.kind == frameHeaders {
+				statuses = append(statuses, f.payload[0]&0x7f)
+			}
+			return f.kind == frameHeaders
+		})
+	}
+	if want := []byte{8, 12, 12}; !bytes.Equal(statuses, want) { // 200, 400, 400
+		t.Errorf("statuses %d, want %d", statuses, want)
+	}
+	var vias, targets []string
+	for _, r := range up.requests() {
+		version, _, _ := strings.Cut(r.header.Get("Via"), " ")
+		vias, targets = append(vias, version), append(targets, r.target)
+	}
+	if !slices.Equal(vias, []string{"1.0", "2"}) || !slices.Equal(targets, []string{"/ingest", "/ingest?a=%20"}) {
+		t.Errorf("Via %q, targets %q", vias, targets)
+	}
+}
+
 // Connection may not take the tenant away from a request.
 func TestNominatedTenant(t *testing.T) {
 	t.Parallel()
@@ -908,6 +942,27 @@ func TestBusyConnectionMakesRoomWithItsAnswer(t *testing.T) {
 	if resp := readResponse(t, bufio.NewReader(waiting)); resp.StatusCode != http.StatusOK || resp.Close {
 		t.Errorf("the waiting one got %d, close %v", resp.StatusCode, resp.Close)
 	}
+}
+
+// A connection that was refused is read for a while: another is to make room meanwhile.
+func TestRefusedConnectionMakesNoRoom(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) { <-release })
+	relay := start(t, "-upstream", up.URL, "-conn-limit", "2", "-max-body-size", "10")
+	refused, busy, waiting := dial(t, relay.addr), dial(t, relay.addr), dial(t, relay.addr)
+	write(t, refused, "POST ")
+	write(t, busy, ingestHead("Content-Length: 0\r\n"))
+	relay.awaitMetric(t, "pyroscope_receive_http_inflight_requests", 1)
+	write(t, waiting, ingestHead("Content-Length: 0\r\n"))
+	relay.awaitMetric(t, waitsSeries, 1)
+	write(t, refused, strings.TrimPrefix(ingestHead("Content-Length: 11\r\n"), "POST "))
+	relay.awaitMetric(t, rejectedSeries(rejectBodySize), 1)
+	close(release)
+	if resp := readResponse(t, bufio.NewReader(busy)); resp.StatusCode != http.StatusOK || !resp.Close {
+		t.Errorf("the busy connection got %d, close %v", resp.StatusCode, resp.Close)
+	}
+	readResponse(t, bufio.NewReader(waiting))
 }
 
 // Many more clients than slots, all of them busy and idle in turn: each gets every answer, and no slot is lost.
@@ -1193,6 +1248,96 @@ func TestHTTP2ConnectionMustBeQuiet(t *testing.T) {
 		}
 		c.Close()
 		(<-next).Close()
+	})
+}
+
+// Half a head is cut by the read timeout, which the server does not see to: where the preface came in two pieces, where
+// room was to be made meanwhile, and where the server of HTTP/1 waits for its first four bytes as for an idle client.
+func TestHalfAHeadIsCut(t *testing.T) {
+	stalls := func(t *testing.T, l *connLimiter, c *limitedConn, client net.Conn, sent string, disturb func()) {
+		t.Helper()
+		l.readTimeout = time.Second
+		c.SetReadDeadline(time.Now().Add(time.Hour)) // as the server does
+		got := reader(c)
+		write(t, client, sent)
+		<-got
+		got = reader(c)
+		start := time.Now()
+		disturb()
+		if s := <-got; s != cut || time.Since(start) != l.readTimeout {
+			t.Errorf("read %s after %v", s, time.Since(start))
+		}
+		c.Close()
+	}
+	inBubble(t, 1, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		c, client := acceptOne(t, p, l)
+		got := reader(c)
+		write(t, client, h2Preface[:2])
+		<-got
+		rest(t, l, c, client, h2Preface[2:])
+		stalls(t, l, c, client, "half a head", func() {})
+
+		c, client = acceptOne(t, p, l)
+		rest(t, l, c, client, "GET")
+		stalls(t, l, c, client, "\r\n", func() {})
+	})
+}
+
+func TestHalfAHeadIsCutAfterAll(t *testing.T) {
+	inBubble(t, 2, func(t *testing.T, p *pipes, l *connLimiter, m *metrics) {
+		l.readTimeout = time.Second
+		busy, _ := acceptOne(t, p, l)
+		c, client := acceptOne(t, p, l)
+		rest(t, l, c, client, h2Preface)
+		got := reader(c)
+		write(t, client, "half a head")
+		<-got
+		start := time.Now()
+		next := park(p, l) // asks c
+		busy.Close()
+		got = reader(c)
+		if s := <-got; s != cut || time.Since(start) != l.readTimeout {
+			t.Errorf("read %s after %v", s, time.Since(start))
+		}
+		c.Close()
+		(<-next).Close()
+	})
+}
+
+// A tardy listener hands a connection over that was there before Close.
+type tardy struct {
+	*pipes
+	release chan struct{}
+}
+
+func (l tardy) Accept() (net.Conn, error) {
+	<-l.release
+	c, _ := net.Pipe()
+	return c, nil
+}
+
+func TestWaitSeesWhatIsJustAccepted(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := tardy{newPipes(), make(chan struct{})}
+		l := limitListener(p, 1, newMetrics(), slog.New(slog.DiscardHandler))
+		accepted, waited := make(chan net.Conn), make(chan bool, 1)
+		go func() {
+			c, _ := l.Accept()
+			accepted <- c
+		}()
+		synctest.Wait()
+		l.Close()
+		go func() { waited <- l.wait(t.Context()) }()
+		synctest.Wait()
+		close(p.release)
+		c := <-accepted
+		synctest.Wait()
+		if len(waited) != 0 {
+			t.Error("done before the connection was")
+		}
+		c.Close()
+		<-waited
 	})
 }
 
