@@ -287,11 +287,14 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 	// Of HTTP/1, bytes that came since the last Write belong to the next request: that connection is busy already. Of
 	// HTTP/2 they need not. It is put on the list before unanswered is looked at again, and stir does the two in
 	// reverse: one of them sees a Read that happens just now.
-	if s == http.StateIdle && (c.h2 || !c.unanswered.Load()) {
+	if s != http.StateIdle {
+		return
+	}
+	if c.h2 || !c.unanswered.Load() {
 		c.idleLocked()
-		if c.fresh || c.unanswered.Load() {
-			c.oweLocked(time.Now())
-		}
+	}
+	if c.fresh || c.unanswered.Load() {
+		c.oweLocked(time.Now())
 	}
 }
 
@@ -460,13 +463,13 @@ func (c *limitedConn) oweLocked(since time.Time) {
 	}
 }
 
-// rearmLocked sets the deadline of the socket to that of half a head, or else to the server's.
-func (c *limitedConn) rearmLocked() {
-	if c.owed.IsZero() {
-		c.Conn.SetReadDeadline(c.deadline)
-	} else {
-		c.Conn.SetReadDeadline(c.owed.Add(c.limiter.readTimeout))
+// rearmLocked sets the deadline of the socket: the server's, or that of half a head where it comes first.
+func (c *limitedConn) rearmLocked() error {
+	d := c.deadline
+	if half := c.owed.Add(c.limiter.readTimeout); !c.owed.IsZero() && (d.IsZero() || half.Before(d)) {
+		d = half
 	}
+	return c.Conn.SetReadDeadline(d)
 }
 
 // woken says what a Read that met a deadline does: read again, or return err. After c.gone it is err for ever, whatever
@@ -527,7 +530,7 @@ func (c *limitedConn) SetReadDeadline(t time.Time) error {
 	if c.leaving || c.gone {
 		return nil
 	}
-	return c.Conn.SetReadDeadline(t)
+	return c.rearmLocked()
 }
 
 func (c *limitedConn) SetDeadline(t time.Time) error {

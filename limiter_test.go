@@ -122,7 +122,7 @@ func TestSlowClientsAreCut(t *testing.T) {
 	})
 }
 
-// An HTTP/2 connection that has been served is cut when it stalls in a head, and kept when it is merely idle.
+// A connection that has been served is cut when it stalls in a head, and kept when it is merely idle.
 func TestSlowHeadAfterARequest(t *testing.T) {
 	t.Parallel()
 	relay := start(t, "-upstream", newPeer(t, nil).URL, "-server-read-timeout", "200ms")
@@ -147,6 +147,10 @@ func TestSlowHeadAfterARequest(t *testing.T) {
 	if !answered {
 		t.Error("the idle connection was ended as well")
 	}
+	first := dial(t, relay.addr)
+	keepAlive(t, first)
+	write(t, first, "\r\n") // the server goes on waiting for four bytes
+	ended(t, first)
 }
 
 // What is malformed or lies about itself is refused, and nothing of it is forwarded but what it said itself.
@@ -1280,6 +1284,11 @@ func TestHalfAHeadIsCut(t *testing.T) {
 		c, client = acceptOne(t, p, l)
 		rest(t, l, c, client, "GET")
 		stalls(t, l, c, client, "\r\n", func() {})
+
+		c, client = acceptOne(t, p, l)
+		rest(t, l, c, client, "GET")
+		l.state(c, http.StateActive)
+		stalls(t, l, c, client, "\r", func() { l.state(c, http.StateIdle) }) // it came before the server was done
 	})
 }
 
