@@ -587,7 +587,9 @@ type claim struct {
 // end, and before that whole.
 func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Duration) bool {
 	b.mu.Lock()
-	if (n == 0 || s.held > 0 || b.waiting.Len() == 0) && b.grantLocked(s, n) {
+	last := b.waiting.Back()
+	queue := last != nil && last.Value.(*claim).held == 0 // of those that have not begun
+	if (n == 0 || s.held > 0 || !queue) && b.grantLocked(s, n) {
 		b.mu.Unlock()
 		return true
 	}
@@ -612,7 +614,9 @@ func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Dura
 		return true // just now
 	default:
 		b.waiting.Remove(place)
-		b.serveLocked() // a smaller claim may have stood behind this one
+		if s.held == 0 {
+			b.serveLocked() // a smaller claim may have stood behind this one
+		}
 		return false
 	}
 }
@@ -681,20 +685,34 @@ func (b *budget) give(n int64) {
 	b.serveLocked()
 }
 
-// serveLocked gives room to those that wait: to all that have begun, as far as it can be spared, then to the others in
-// their order. The first of these that finds no room ends it: nobody overtakes.
+// serveLocked gives room to those that wait: to those that have begun, who needs least first, then to the others in
+// their order. Of either kind the first that finds no room ends it. Of those that have begun no other need be tried: if
+// all of them wait, the one that needs least can be spared what it asks for; and to try each of thousands at each change
+// would leave time for nothing else.
 func (b *budget) serveLocked() {
-	var next *list.Element
-	for e := b.waiting.Front(); e != nil; e = next {
-		next = e.Next()
-		c := e.Value.(*claim)
-		if b.grantLocked(c.share, c.bytes) {
-			b.waiting.Remove(e)
-			close(c.granted)
-		} else if c.held == 0 {
+	for {
+		var least *list.Element
+		e := b.waiting.Front()
+		for ; e != nil && e.Value.(*claim).held > 0; e = e.Next() {
+			if least == nil || e.Value.(*claim).need() < least.Value.(*claim).need() {
+				least = e
+			}
+		}
+		if (least == nil || !b.serveOneLocked(least)) && (e == nil || !b.serveOneLocked(e)) {
 			return
 		}
 	}
+}
+
+// serveOneLocked gives one that waits what it asks for, if that can be spared.
+func (b *budget) serveOneLocked(e *list.Element) bool {
+	c := e.Value.(*claim)
+	if !b.grantLocked(c.share, c.bytes) {
+		return false
+	}
+	b.waiting.Remove(e)
+	close(c.granted)
+	return true
 }
 
 // Bodies between these sizes, in bytes, are read into used buffers: allocating and clearing new ones, and the garbage

@@ -1501,6 +1501,63 @@ func TestBudgetTakesTurns(t *testing.T) {
 	})
 }
 
+// A body does not queue behind those that wait for more than there is, where its own room is there.
+func TestBudgetPassesBodiesThatGrow(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(100, newMetrics())
+		x := &share{limit: 80}
+		if !b.take(t.Context(), x, 20, 0) || !b.take(t.Context(), &share{limit: 40}, 40, 0) {
+			t.Fatal("there was room")
+		}
+		grown := make(chan bool, 1)
+		go func() { grown <- b.take(t.Context(), x, 60, time.Hour) }()
+		synctest.Wait()
+		start := time.Now()
+		if !b.take(t.Context(), &share{limit: 1}, 1, time.Hour) || time.Since(start) != 0 {
+			t.Errorf("waited %v", time.Since(start))
+		}
+		b.give(40)
+		if !<-grown {
+			t.Error("the one that grows was not served")
+		}
+	})
+}
+
+// Thousands of bodies that have begun and find no more room cost little to keep waiting, and to let go.
+func TestBudgetStormEnds(t *testing.T) {
+	t.Parallel()
+	const clients, step, limit = 1000, 10, 200
+	b := newBudget(clients*step+limit, newMetrics())
+	var all, begun sync.WaitGroup
+	begun.Add(clients)
+	for range clients {
+		s := &share{limit: limit}
+		all.Go(func() {
+			b.take(t.Context(), s, step, patience)
+			begun.Done()
+			begun.Wait()
+			for b.take(t.Context(), s, step, time.Second) && s.need() > 0 { // and sends nothing that would end it
+			}
+			b.whole(s)
+			b.give(s.held)
+		})
+	}
+	ended := make(chan struct{})
+	go func() {
+		all.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Fatal("the budget is busy with itself")
+	}
+	if b.free != b.size || len(b.growing) != 0 || b.waiting.Len() != 0 {
+		t.Errorf("%d free of %d, %d growing, %d waiting", b.free, b.size, len(b.growing), b.waiting.Len())
+	}
+}
+
 // The banker's check, against trying every order.
 func TestBudgetIsSafe(t *testing.T) {
 	t.Parallel()
