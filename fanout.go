@@ -628,7 +628,8 @@ func (u *upstream) patience(n int, asked time.Duration, random float64) time.Dur
 }
 
 // trial says whose fault an outcome may be: an upstream's own 500 is counted against the profile, as is the 422 that is
-// retried; an upstream that was not reached or says itself that it is busy is down; of all else one cannot know.
+// retried; an upstream that was not reached is down; one that turns a profile away for now is busy, perhaps for that
+// profile alone; of all else one cannot know.
 func (o *outcome) trial(route routeID) trial {
 	switch o.verdict {
 	case accepted:
@@ -638,8 +639,10 @@ func (o *outcome) trial(route routeID) trial {
 	}
 	dial, ok := errors.AsType[*net.OpError](o.fault)
 	switch s := o.status; {
-	case o.verdict == misplaced, s == http.StatusTooManyRequests, s == http.StatusServiceUnavailable, ok && dial.Op == "dial":
+	case ok && dial.Op == "dial":
 		return trialDown
+	case o.verdict == misplaced, s == http.StatusTooManyRequests, s == http.StatusServiceUnavailable:
+		return trialBusy
 	case s == http.StatusInternalServerError, s == http.StatusUnprocessableEntity,
 		s != 0 && route == routePush && (o.fault.code == codeUnknown || o.fault.code == codeInternal):
 		return trialPoison

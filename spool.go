@@ -53,6 +53,10 @@ const (
 // is set aside: many, because what it answers so may also be a failure of its own that passes.
 const poisonAnswers = 10
 
+// busyAnswers is how often an upstream may be too busy for a profile before another one shows whether it is so for all:
+// Pyroscope answers 429 to one tenant's, and to what is too large for it. Until then they are kept in order.
+const busyAnswers = 3
+
 // asideShare is the part of -spool-max-bytes that rejected/ may take, as a divisor. It comes on top of that limit,
 // which counts the files that wait: what was given up does not keep new profiles out.
 const asideShare = 10
@@ -387,11 +391,12 @@ func (s *spool) loadAside(root *os.Root) error {
 type spooled struct {
 	id, size, body int64 // nanoseconds since 1970, unique; bytes of the file, and of the body in it
 
-	busy   bool      // being sent
-	tries  int       // failures that may have been its own
-	poison int       // those that count for poisonAnswers
-	proved bool      // one was its own: another profile was accepted after it
-	after  time.Time // not to be sent before
+	busy     bool      // being sent
+	tries    int       // failures that may have been its own
+	declined int       // times that its upstream was too busy for it
+	poison   int       // those that count for poisonAnswers
+	proved   bool      // one was its own: another profile was accepted after it
+	after    time.Time // not to be sent before
 }
 
 // name is the name of the file: names sort as their times do, because twenty digits hold every int64.
@@ -433,6 +438,7 @@ const (
 	trialRefused        // for good
 	trialPoison         // the upstream failed over it: the profile may be at fault
 	trialDoubtful       // it failed: the profile or the upstream may be at fault
+	trialBusy           // it was turned away for now, perhaps for what it is: too large, or a tenant's that has too many
 	trialDown           // the upstream is at fault
 	trialDamaged        // the file is not as it was written
 	trialCut            // the relay is stopping
@@ -818,9 +824,17 @@ func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.T
 	case trialDown:
 		s.restLocked(asked, now)
 		return false
+	case trialBusy:
+		f.declined++
+		if f.declined <= busyAnswers && !f.proved && (s.suspect == nil || s.suspect == f) {
+			s.restLocked(asked, now) // in an outage all wait, and go in order after it
+			return false
+		}
 	}
-	f.after = now.Add(s.to.patience(f.tries, asked, 0))
-	f.tries++
+	f.after = now.Add(s.to.patience(f.tries+f.declined, asked, 0))
+	if t != trialBusy {
+		f.tries++
+	}
 	switch {
 	case f.proved && s.failures > 0: // in an outage any profile fails
 		return false
@@ -834,6 +848,7 @@ func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.T
 		s.suspect = f
 		return false
 	}
+	s.suspect.after, f.after = time.Time{}, time.Time{} // an outage: who waited first goes first after it
 	s.restLocked(asked, now)
 	return false
 }
