@@ -341,6 +341,7 @@ func (d *spoolDir) open(upstream string, max int64, dropOldest bool, m *endpoint
 		return nil, err
 	}
 	s.pending.Store(int64(len(s.files)))
+	s.stored.Store(int64(len(s.files)))
 	if n := len(s.files); n > 0 {
 		s.last = s.files[n-1].id
 		log.Info("spool holds profiles from before", "upstream", upstream, "files", n, "bytes", s.bytes)
@@ -468,7 +469,9 @@ type spool struct {
 	asides     throttle           // of what is put into rejected/
 	to         recipient          // set by start
 	writers    chan struct{}      // a semaphore
+	stored     atomic.Int64       // files
 	pending    atomic.Int64       // files, and those being written
+	failing    atomic.Bool        // the last write failed
 	wake       chan struct{}      // replay has something to look at
 	done       chan struct{}      // closed when replay has ended
 	cut        context.CancelFunc // ends what is under way; set by start
@@ -495,8 +498,11 @@ type spool struct {
 }
 
 // waiting tells whether profiles must go through the spool, behind those that are there. It takes no lock: every
-// request asks.
-func (s *spool) waiting() bool { return s.pending.Load() > 0 }
+// request asks. One that is being written is waited for, unless the last one failed: each would lead the next into a
+// spool that takes nothing.
+func (s *spool) waiting() bool {
+	return s.pending.Load() > 0 && (!s.failing.Load() || s.stored.Load() > 0)
+}
 
 // add stores p and returns once it would outlive a crash. It waits for its turn until ctx ends, but for the disk, after
 // that, as long as it takes. The error is that of ctx, and nothing was written, or else p is not stored for lack of
@@ -507,10 +513,12 @@ func (s *spool) add(ctx context.Context, p *payload) error {
 	if err := s.store(ctx, p); err != nil {
 		s.pending.Add(-1)
 		if err != ctx.Err() {
+			s.failing.Store(true)
 			s.trouble.log(s.log, slog.LevelError, "spool cannot take a profile", "upstream", s.upstream, "error", err)
 		}
 		return err
 	}
+	s.failing.Store(false)
 	s.metrics.spool.written.Add(1)
 	s.poke()
 	return nil
@@ -542,6 +550,7 @@ func (s *spool) store(ctx context.Context, p *payload) error {
 	// Writers overtake each other: the place is nearly always the last.
 	i, _ := slices.BinarySearchFunc(s.files, f, byID)
 	s.files, s.bytes = slices.Insert(s.files, i, f), s.bytes+f.size
+	s.stored.Add(1)
 	return nil
 }
 
@@ -909,6 +918,7 @@ func (s *spool) removeLocked(f *spooled) {
 	s.files[0] = nil // for the garbage collector: the array stays
 	s.files, s.bytes = s.files[1:], s.bytes-f.size
 	s.pending.Add(-1)
+	s.stored.Add(-1)
 	if s.suspect == f {
 		s.suspect = nil
 	}

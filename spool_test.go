@@ -998,6 +998,57 @@ func TestSpoolLogsLateFaults(t *testing.T) {
 	}
 }
 
+// A fullDisk fails when the test lets it.
+type fullDisk struct {
+	disk
+	asked, fail chan struct{}
+}
+
+func (d fullDisk) create(string) (diskFile, error) {
+	d.asked <- struct{}{}
+	<-d.fail
+	return nil, syscall.ENOSPC
+}
+
+// While the disk fails nothing is stored: new profiles are not to follow into the spool one that is about to fail there,
+// or a healthy upstream would get nothing more for as long as requests overlap.
+func TestSpoolFaultsShutNobodyOut(t *testing.T) {
+	t.Parallel()
+	s := openTestSpool(t, t.TempDir(), 1<<20, false)
+	whole := s.disk
+	d := fullDisk{whole, make(chan struct{}), make(chan struct{})}
+	s.disk = d
+	results := make(chan error)
+	try := func() {
+		go func() { results <- s.add(t.Context(), testPayload("")) }()
+		<-d.asked
+	}
+	try()
+	if !s.waiting() {
+		t.Error("a profile could overtake the one that is being written")
+	}
+	d.fail <- struct{}{}
+	<-results
+	try()
+	if s.waiting() {
+		t.Error("profiles follow one into a spool that fails")
+	}
+	d.fail <- struct{}{}
+	<-results
+	s.disk = whole
+	if err := s.add(t.Context(), testPayload("")); err != nil || !s.waiting() {
+		t.Errorf("%v, waiting %v", err, s.waiting())
+	}
+	s.removeLocked(s.files[0])
+	s.disk = d
+	try()
+	if !s.waiting() {
+		t.Error("a disk that works again is not trusted")
+	}
+	d.fail <- struct{}{}
+	<-results
+}
+
 // Whose fault an answer may be.
 func TestTrialOfAnOutcome(t *testing.T) {
 	t.Parallel()
