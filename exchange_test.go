@@ -57,7 +57,7 @@ func newPayload(body []byte) *payload {
 
 // tryOnce is one exchange with that much time.
 func (u *upstream) tryOnce(p *payload, d time.Duration) (*answer, error) {
-	return u.exchange(context.Background(), time.Now().Add(d), p)
+	return u.exchange(context.Background(), time.Now().Add(d), false, p)
 }
 
 func (d *direct) pooled() int {
@@ -536,6 +536,11 @@ func TestPoolIsForgottenAfterFailure(t *testing.T) {
 	if n := server.conns.Load(); n != 4 {
 		t.Errorf("%d connections in all, want 4", n)
 	}
+	u.direct.forget(u.direct.era)
+	fill(t, u, server, 2, answer)
+	if _, err := u.exchange(t.Context(), time.Now().Add(quick), true, newPayload([]byte("black hole"))); err == nil || u.direct.pooled() != 1 {
+		t.Errorf("%v; after a timeout that proves nothing %d connections are pooled, want 1", err, u.direct.pooled())
+	}
 }
 
 // A client that hangs up ends its exchange at once, wherever that is, and costs no other connection.
@@ -565,7 +570,7 @@ func TestCancelledExchange(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error)
 			go func() {
-				_, err := u.exchange(ctx, time.Now().Add(time.Hour), newPayload(make([]byte, s.body)))
+				_, err := u.exchange(ctx, time.Now().Add(time.Hour), false, newPayload(make([]byte, s.body)))
 				done <- err
 			}()
 			<-begun
@@ -740,7 +745,7 @@ func FuzzAnswer(f *testing.F) {
 			return here
 		}
 		c := d.adopt(serve(), 0)
-		byHand := c.exchange(t.Context(), time.Now().Add(patience), [3][]byte{[]byte("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n"), []byte("\r\n"), []byte("body")})
+		byHand := c.exchange(t.Context(), time.Now().Add(patience), false, [3][]byte{[]byte("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n"), []byte("\r\n"), []byte("body")})
 		c.Close()
 		_, transport := newUpstreams(t, "http://a", nil)
 		transport.client.Load().DialContext = func(context.Context, string, string) (net.Conn, error) { return serve(), nil }
@@ -758,10 +763,10 @@ func TestCancelledDialForgetsNothing(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	d := &direct{addr: deadAddr(t)}
-	if _, err := d.dial(ctx, time.Now().Add(time.Hour)); !errors.Is(err, context.Canceled) || d.era != 0 {
+	if _, err := d.dial(ctx, time.Now().Add(time.Hour), false); !errors.Is(err, context.Canceled) || d.era != 0 {
 		t.Errorf("%v, era %d", err, d.era)
 	}
-	if _, err := d.dial(t.Context(), time.Now().Add(time.Hour)); err == nil || d.era != 1 {
+	if _, err := d.dial(t.Context(), time.Now().Add(time.Hour), false); err == nil || d.era != 1 {
 		t.Errorf("%v, era %d", err, d.era)
 	}
 }

@@ -293,7 +293,12 @@ type outcome struct {
 	reply   reply         // where verdict is accepted
 	wait    time.Duration // the upstream's Retry-After, however long; 0 = none
 	expired bool          // no answer in time
+	hasty   bool          // and that says nothing of the upstream: see haste
 }
+
+// haste is what an attempt may have too little of because of its client's own deadline: without it that much, or a whole
+// attempt's time if that is less, the upstream is not taken for one that is down.
+const haste = time.Second
 
 // errTooLong is an answer that does not end within maxAnswer.
 var errTooLong = errors.New("the answer is longer than 1 MiB")
@@ -328,7 +333,12 @@ func judge(p *payload, a *answer, err error, r *retryPolicy, hide func(string) s
 // judgeError is the outcome of an attempt without an answer. Every one may pass. What err says stays private: it names
 // addresses.
 func judgeError(err error) outcome {
-	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() || errors.Is(err, context.DeadlineExceeded) {
+	if errors.Is(err, context.Canceled) {
+		return outcome{verdict: transient, fault: &fault{
+			status: http.StatusBadGateway, code: codeCanceled, public: "the client gave up", cause: err, transient: true,
+		}}
+	}
+	if isTimeout(err) {
 		return outcome{verdict: transient, expired: true, fault: &fault{
 			status: http.StatusGatewayTimeout, code: codeDeadlineExceeded, public: "no answer in time", cause: err, transient: true,
 		}}
@@ -340,6 +350,17 @@ func judgeError(err error) outcome {
 	return outcome{verdict: transient, fault: &fault{
 		status: http.StatusBadGateway, code: codeUnavailable, public: public, cause: err, transient: true,
 	}}
+}
+
+func isTimeout(err error) bool {
+	e, ok := errors.AsType[net.Error](err)
+	return ok && e.Timeout() || errors.Is(err, context.DeadlineExceeded)
+}
+
+// proves tells whether err says anything of the upstream and of the connections to it: a client that hangs up does not,
+// nor does one in haste whose time is over.
+func proves(err error, hasty bool) bool {
+	return !errors.Is(err, context.Canceled) && !(hasty && isTimeout(err))
 }
 
 // verdict sorts an answer. own is the Connect code it carries, if any. On /ingest any 2xx will do. On Push it is 200
@@ -548,8 +569,10 @@ func (u *upstream) offer(ctx context.Context, p *payload) outcome {
 			u.settle(ctx, p, out)
 			return out
 		}
-		u.health.down(u, out.fault)
-		u.spool.rest(out.wait)
+		if !out.hasty {
+			u.health.down(u, out.fault)
+			u.spool.rest(out.wait)
+		}
 	}
 	return u.spill(ctx, p)
 }
@@ -658,9 +681,11 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 	if u.url == nil {
 		return u.logProfile(p)
 	}
-	deadline := start.Add(u.retry.attemptTime(n, end.Sub(start)))
-	a, err := u.exchange(ctx, deadline, p)
+	limit := u.retry.attemptTime(n, end.Sub(start))
+	hasty := p.timed && limit < min(haste, u.retry.timeout)
+	a, err := u.exchange(ctx, start.Add(limit), hasty, p)
 	out := judge(p, a, err, &u.retry, u.link.hide)
+	out.hasty = hasty && out.expired
 	if out.fault != nil {
 		u.log.Debug("attempt failed", "upstream", u.name, "attempt", n+1, "took", time.Since(start), "error", out.fault)
 	}
@@ -670,13 +695,13 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 // exchange sends p and reads the answer to its end, by deadline. After an error the next exchange does not use a
 // connection that was pooled before: it may just have proved dead. An error that is not nil is all that counts,
 // whatever the answer. Afterwards a transport may still read the body, for which it has a hold of its own.
-func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload) (*answer, error) {
+func (u *upstream) exchange(ctx context.Context, deadline time.Time, hasty bool, p *payload) (*answer, error) {
 	if u.direct != nil {
 		message, err := u.message(p)
 		if err != nil {
 			return nil, err
 		}
-		return u.direct.exchange(ctx, deadline, message)
+		return u.direct.exchange(ctx, deadline, hasty, message)
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -697,7 +722,7 @@ func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload)
 	if err == nil && a.status/100 == 2 && len(p.body) > 0 && !body.sent(ctx) {
 		a, err = nil, cmp.Or(ctx.Err(), errTooSoon)
 	}
-	if err != nil && !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
+	if err != nil && proves(err, hasty) {
 		u.renew(client)
 	}
 	return a, err
@@ -936,7 +961,9 @@ func (u *upstream) settle(ctx context.Context, p *payload, out outcome) {
 	case dropRefused:
 		u.refusals.log(u.log, slog.LevelWarn, "upstream refused a profile", "upstream", u.name, "route", p.route, "status", out.status, "said", out.fault.public)
 	case dropDeadline, dropUnavailable:
-		u.health.down(u, out.fault)
+		if !out.hasty {
+			u.health.down(u, out.fault)
+		}
 	}
 }
 
@@ -1205,9 +1232,9 @@ func newDirect(u *url.URL) *direct {
 
 // exchange sends a request and reads the answer to its end, by deadline or until ctx ends. The message is not read any
 // more when it returns. An error is that of ctx if it ended, and a net.Error with Timeout if the deadline came first.
-func (d *direct) exchange(ctx context.Context, deadline time.Time, message [3][]byte) (*answer, error) {
+func (d *direct) exchange(ctx context.Context, deadline time.Time, hasty bool, message [3][]byte) (*answer, error) {
 	if c := d.take(); c != nil {
-		a := c.exchange(ctx, deadline, message)
+		a := c.exchange(ctx, deadline, hasty, message)
 		// A pooled connection that ends without a word was most likely closed because it was idle. No client is to wait
 		// for a backoff because of that: once, the request is sent again on a new connection. RFC 9110, section 9.2.2,
 		// warns against that for POST, which may arrive twice: so it may with every retry here.
@@ -1215,23 +1242,23 @@ func (d *direct) exchange(ctx context.Context, deadline time.Time, message [3][]
 			return a.answer, a.err
 		}
 	}
-	c, err := d.dial(ctx, deadline)
+	c, err := d.dial(ctx, deadline, hasty)
 	if err != nil {
 		return nil, err
 	}
-	a := c.exchange(ctx, deadline, message)
+	a := c.exchange(ctx, deadline, hasty, message)
 	return a.answer, a.err
 }
 
 // dial makes a connection. A failure counts like one of a pooled connection: see forget.
-func (d *direct) dial(ctx context.Context, deadline time.Time) (*directConn, error) {
+func (d *direct) dial(ctx context.Context, deadline time.Time, hasty bool) (*directConn, error) {
 	d.mu.Lock()
 	era := d.era
 	d.mu.Unlock()
 	dialer := net.Dialer{Deadline: deadline}
 	nc, err := dialer.DialContext(ctx, "tcp", d.addr)
 	if err != nil {
-		if !errors.Is(err, context.Canceled) { // a client that hangs up proves nothing
+		if proves(err, hasty) {
 			d.forget(era)
 		}
 		return nil, err
@@ -1302,7 +1329,7 @@ func (d *direct) end(c *directConn) {
 
 // exchange sends one request and waits for its answer. It puts c back, or closes it. There is an answer or an error, or
 // both where an upstream claims success for a body that it was not sent.
-func (c *directConn) exchange(ctx context.Context, deadline time.Time, message [3][]byte) directAnswer {
+func (c *directConn) exchange(ctx context.Context, deadline time.Time, hasty bool, message [3][]byte) directAnswer {
 	stop := func() bool { return true }
 	if ctx.Done() != nil { // else it cannot end, and AfterFunc would be for nothing
 		stop = context.AfterFunc(ctx, func() { c.Close() })
@@ -1332,7 +1359,7 @@ func (c *directConn) exchange(ctx context.Context, deadline time.Time, message [
 			a.err = os.ErrDeadlineExceeded // which half a line may look like a fault of the server's
 		}
 		a.err = cmp.Or(ctx.Err(), a.err)
-		if !errors.Is(a.err, context.Canceled) { // a client that hangs up proves nothing
+		if proves(a.err, hasty) {
 			c.pool.forget(c.era)
 		}
 	}

@@ -369,6 +369,7 @@ func TestHangUps(t *testing.T) {
 				}
 				if tt.abandoned {
 					relay.awaitMetric(t, `pyroscope_write_dropped_requests_total{endpoint="u",reason="abandoned"}`, 1)
+					relay.awaitMetric(t, `pyroscope_receive_http_requests_total{route="push",code="499"}`, 1)
 				}
 				get(t, relay.url("/ready")) // a round trip's time to see the client go
 				release()
@@ -379,6 +380,37 @@ func TestHangUps(t *testing.T) {
 				relay.awaitMetric(t, "pyroscope_receive_http_inflight_bytes", 0)
 			})
 		})
+	}
+}
+
+// A client in haste says nothing of the upstream: it is not down, and its spool does not rest.
+func TestHastyClients(t *testing.T) {
+	t.Parallel()
+	for _, spool := range []bool{false, true} {
+		upstream := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+			if n == 1 {
+				<-r.Context().Done()
+				return
+			}
+			accept(w, r)
+		})
+		flags := []string{"-upstream", upstream.URL + ",name=up"}
+		want := http.StatusGatewayTimeout
+		if spool {
+			flags, want = append(flags, "-spool-dir", t.TempDir()), http.StatusOK
+		}
+		relay := start(t, flags...)
+		c := newClient(t, "HTTP/1.1")
+		for _, status := range []int{want, http.StatusOK} {
+			resp := post(t, c, relay.url(pushPath), []byte("x"), "Content-Type", "application/proto", "Connect-Timeout-Ms", "200")
+			if resp.StatusCode != status {
+				t.Errorf("spool %v: answered %s, want %d", spool, resp.Status, status)
+			}
+		}
+		relay.awaitMetric(t, `pyroscope_write_sent_requests_total{endpoint="up"}`, map[bool]float64{false: 1, true: 2}[spool])
+		if log := relay.stderr.String(); strings.Contains(log, "down") {
+			t.Error("the upstream is said to be down")
+		}
 	}
 }
 
