@@ -59,9 +59,26 @@ func TestShutdownDelay(t *testing.T) {
 			t.Errorf("status %d, close %v", resp.StatusCode, resp.Close)
 		}
 	})
+	c := dial(t, relay.addr)
+	write(t, c, "GET /nowhere HTTP/1.1\r\nHost: relay\r\n\r\n")
+	if resp := readResponse(t, bufio.NewReader(c)); !resp.Close {
+		t.Error("an answer to no profile does not ask the client to go")
+	}
+	for _, path := range []string{"/ingest", "/nowhere"} {
+		c := dialHTTP2(t, relay.addr)
+		write(t, c, frame(frameHeaders, flagEnd|flagEndHeaders, 1, requestBlock(path)))
+		gone := false
+		frames(t, bufio.NewReader(c), func(f gotFrame) bool {
+			gone = gone || f.kind == frameGoAway
+			return gone
+		})
+		if !gone {
+			t.Errorf("no GOAWAY with the answer to %s", path)
+		}
+	}
 	stuck := dial(t, relay.addr)
 	write(t, stuck, "POST /ingest?name=stuck HTTP/1.1\r\nHost: relay\r\nContent-Length: 2\r\n\r\nhi")
-	eventually(t, "the request has arrived", func() bool { return len(up.requests()) == 3 })
+	eventually(t, "the request has arrived", func() bool { return len(up.requests()) == 4 })
 	relay.signal(t, syscall.SIGINT)
 	if code := relay.wait(t); code != exitFailed {
 		t.Errorf("exit code %d, want 1", code)
@@ -386,6 +403,36 @@ func TestBadPassedSockets(t *testing.T) {
 }
 
 // -healthcheck asks the admin port, and needs nothing else.
+// Whoever reads the log may go: the relay goes on without.
+func TestLogWithoutReader(t *testing.T) {
+	t.Parallel()
+	p := command(t, nil, "-listen-address", "127.0.0.1", "-listen-port", "0", "-admin-address", "", "-upstream", "log:")
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd.Stderr = w
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.cmd.Process.Kill()
+		p.cmd.Wait()
+	})
+	w.Close()
+	line, err := bufio.NewReader(r).ReadString('\n')
+	_, addr, ok := strings.Cut(strings.TrimSpace(line), "msg=listening addr=")
+	if !ok || err != nil {
+		t.Fatalf("%q, %v", line, err)
+	}
+	r.Close()
+	for range 2 {
+		if resp := post(t, newClient(t, "HTTP/1.1"), "http://"+addr+"/ingest", nil); resp.StatusCode != http.StatusOK {
+			t.Error(resp.Status)
+		}
+	}
+}
+
 func TestHealthcheck(t *testing.T) {
 	t.Parallel()
 	relay := start(t, "-upstream", "log:", "-shutdown-delay", "10m")

@@ -25,6 +25,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -269,7 +270,8 @@ func (l *connLimiter) wantsRoom() bool {
 // that are none of this limiter's are let pass.
 func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 	h2 := false
-	if t, ok := nc.(*tls.Conn); ok {
+	t, secure := nc.(*tls.Conn)
+	if secure {
 		h2 = s == http.StateIdle && t.ConnectionState().NegotiatedProtocol == "h2"
 		nc = t.NetConn()
 	}
@@ -279,7 +281,7 @@ func (l *connLimiter) state(nc net.Conn, s http.ConnState) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c.known, c.serving, c.h2 = true, s != http.StateIdle, c.h2 || h2
+	c.known, c.serving, c.h2, c.tls = true, s != http.StateIdle, c.h2 || h2, secure
 	c.busyLocked()
 	c.oweLocked(time.Time{})
 	c.fresh = s == http.StateIdle && c.h2 && !c.rested // a server of HTTP/2 says so before the first request
@@ -324,6 +326,7 @@ type limitedConn struct {
 	looked   bool          // its last look has begun
 	gone     bool          // its time is over: every Read reports a timeout
 	h2       bool          // it speaks HTTP/2
+	tls      bool          // what is read is encrypted
 	rested   bool          // it was idle before
 	fresh    bool          // on HTTP/2: there was no request yet
 	heard    time.Time     // when bytes came while it was idle; when it was accepted
@@ -438,7 +441,7 @@ func (c *limitedConn) stir(p []byte) {
 		if c.owed.IsZero() || answered && !c.fresh {
 			c.oweLocked(c.heard)
 		}
-	} else if len(p) < serverPeek && c.known {
+	} else if (len(p) < serverPeek || c.tls) && c.known {
 		c.oweLocked(c.heard)
 	}
 }
@@ -446,7 +449,8 @@ func (c *limitedConn) stir(p []byte) {
 // prefaceStart tells an HTTP/2 connection from all requests of HTTP/1.
 const prefaceStart = "PRI "
 
-// serverPeek is how many bytes of a later request http.Server waits for with the patience it has for idle clients.
+// serverPeek is how many bytes of a later request http.Server waits for with the patience it has for idle clients. With
+// TLS nobody knows how many there are in what was read.
 const serverPeek = 4
 
 // oweLocked gives an idle connection readTimeout, from since on, to make its first request on HTTP/2, or a request of
@@ -846,6 +850,7 @@ func forwarded() []string {
 func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.metrics.inflightRequests.Add(1)
 	defer g.metrics.inflightRequests.Add(-1)
+	defer g.confess(r)
 	switch slashes(r.URL.Path) {
 	case ingestPath, "/pyroscope" + ingestPath:
 		g.serve(w, r, routeIngest, g.ingest)
@@ -856,9 +861,38 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			g.plain(w, r, routeReady, http.StatusMethodNotAllowed, "use GET", "Allow", "GET, HEAD")
 			return
 		}
-		g.metrics.request(routeReady, strconv.Itoa(writeReady(w, g.ready())))
+		start := time.Now()
+		g.part(w, r, false)
+		g.answered(r, routeReady, strconv.Itoa(writeReady(w, g.ready())), start, nil)
 	default:
 		g.plain(w, r, routeOther, http.StatusNotFound, "not served here: profiles go to POST "+ingestPath+" or POST "+pushPath)
+	}
+}
+
+// confess logs a panic of the handler, for which it is deferred, and ends the request: the server would do the latter
+// alone, as its own log is for debugging.
+func (g *gate) confess(r *http.Request) {
+	if v := recover(); v != nil {
+		g.log.Error("panic while serving a request", "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// part asks the client, with the answer that is about to be written, to go elsewhere when the relay is to stop, and an
+// HTTP/1 client also when it should make room. On HTTP/2 this sends GOAWAY: the client may go on with what it began, and
+// begins nothing more.
+func (g *gate) part(w http.ResponseWriter, r *http.Request, room bool) {
+	if !g.ready() || room && r.ProtoMajor == 1 && g.conns.wantsRoom() {
+		w.Header().Set("Connection", "close")
+	}
+}
+
+// answered counts a request by route and code, and logs it for debugging. f is what the client was refused for, if it
+// was.
+func (g *gate) answered(r *http.Request, id routeID, code string, start time.Time, f *fault) {
+	g.metrics.request(id, code)
+	if g.log.Enabled(r.Context(), slog.LevelDebug) {
+		g.log.Debug("request", "route", id, "code", code, "client", r.RemoteAddr, "took", time.Since(start), "error", f)
 	}
 }
 
@@ -873,12 +907,14 @@ func slashes(path string) string {
 
 // plain answers, and counts, what no protocol of ours has been recognised in; header is a list of names and values.
 func (g *gate) plain(w http.ResponseWriter, r *http.Request, id routeID, status int, text string, header ...string) {
+	start := time.Now()
 	for i := 0; i+1 < len(header); i += 2 {
 		w.Header().Set(header[i], header[i+1])
 	}
+	g.part(w, r, false)
 	writeText(w, status, text+"\n")
 	g.linger(w, r)
-	g.metrics.request(id, strconv.Itoa(status))
+	g.answered(r, id, strconv.Itoa(status), start, nil)
 }
 
 // serve takes one profile from its head to its answer, and counts it by route and code, once.
@@ -898,11 +934,7 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 	if f == nil {
 		re, f = g.relay(w, r, id, x, start)
 	}
-	// On HTTP/2 this sends GOAWAY: the client may go on with what it began, and begins nothing more.
-	// One that was refused may linger: another is to make room.
-	if !g.ready() || r.ProtoMajor == 1 && (f == nil || f.reason == "") && g.conns.wantsRoom() {
-		w.Header().Set("Connection", "close")
-	}
+	g.part(w, r, f == nil || f.reason == "") // one that was refused may linger: another is to make room
 	var code string
 	if f == nil {
 		code = x.accept(w, re)
@@ -915,10 +947,7 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 			g.linger(w, r)
 		}
 	}
-	g.metrics.request(id, code)
-	if g.log.Enabled(r.Context(), slog.LevelDebug) {
-		g.log.Debug("request", "route", id, "code", code, "client", r.RemoteAddr, "took", time.Since(start), "error", f)
-	}
+	g.answered(r, id, code, start, f)
 }
 
 // linger reads what is left of a body whose answer was written early, and forgets it. A client that sends everything
@@ -1102,7 +1131,8 @@ type bodyBuffer struct {
 // fill reads a body to its end. The error is a *fault, or what ended the body too early.
 func (g *gate) fill(r *http.Request, b *bodyBuffer, patience time.Duration) error {
 	patience, err := g.grow(r, b, patience)
-	var next [1]byte // shows whether a full buffer holds it all
+	delete(r.Header, "Expect") // the first Read invites the body: who sends it may linger
+	var next [1]byte           // shows whether a full buffer holds it all
 	for err == nil {
 		var n int
 		if int64(len(b.bytes)) < b.held {

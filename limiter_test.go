@@ -948,6 +948,56 @@ func TestBusyConnectionMakesRoomWithItsAnswer(t *testing.T) {
 	}
 }
 
+// What was invited by 100 Continue is read to its end too, when it is refused on the way.
+func TestRefusalAfterContinue(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", newPeer(t, nil).URL, "-max-body-size", "64KiB")
+	c := dial(t, relay.addr)
+	br := bufio.NewReader(c)
+	write(t, c, ingestHead("Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n"))
+	if line, err := br.ReadString('\n'); !strings.Contains(line, " 100 ") || err != nil {
+		t.Fatalf("%q, %v", line, err)
+	}
+	br.ReadString('\n')
+	chunk := "10000\r\n" + strings.Repeat("x", 64<<10) + "\r\n"
+	for range 160 {
+		write(t, c, chunk) // fails if the relay has hung up
+	}
+	write(t, c, "0\r\n\r\n")
+	if resp := readResponse(t, br); resp.StatusCode != http.StatusRequestEntityTooLarge {
+		t.Errorf("status %d, want 413", resp.StatusCode)
+	}
+}
+
+// A handler that panics is a fault of the relay's: it is logged, whatever the level, and costs that request alone.
+func TestPanicsAreLogged(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	g := &gate{metrics: newMetrics(), log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelError})),
+		ready: func() bool { return true }, origins: http.NewCrossOriginProtection(),
+		ingest: func(*http.Request) (exchange, *fault) { panic("boom") }}
+	defer func() {
+		if v := recover(); v != http.ErrAbortHandler || !strings.Contains(log.String(), "panic=boom") || !strings.Contains(log.String(), "stack=") {
+			t.Errorf("%v, logged %q", v, &log)
+		}
+		if n := g.metrics.inflightRequests.Value(); n != 0 {
+			t.Errorf("%v requests in flight", n)
+		}
+	}()
+	g.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, ingestPath, nil))
+}
+
+// At the debug level each answer is logged, also those that no profile has a part in.
+func TestEveryAnswerIsLoggedAtDebug(t *testing.T) {
+	t.Parallel()
+	relay := start(t, "-upstream", "log:", "-log-level", "debug")
+	get(t, relay.url("/nowhere"))
+	get(t, relay.url("/ingest"))
+	for _, want := range []string{"route=other code=404", "route=ingest code=405"} {
+		eventually(t, want+" is logged", func() bool { return strings.Contains(relay.stderr.String(), want) })
+	}
+}
+
 // A connection that was refused is read for a while: another is to make room meanwhile.
 func TestRefusedConnectionMakesNoRoom(t *testing.T) {
 	t.Parallel()

@@ -538,6 +538,8 @@ func (c *config) parseForwardHeaders() error {
 	for _, name := range c.forwardHeader {
 		if err := checkHeaderName(name); err != nil {
 			faults = append(faults, fmt.Errorf("-forward-header: %w", err))
+		} else if strings.EqualFold(name, "Host") || strings.Contains(name, "*") {
+			faults = append(faults, fmt.Errorf("-forward-header: %s is not the whole name of a header that can be forwarded", name))
 		} else if name = http.CanonicalHeaderKey(name); !slices.Contains(c.forward, name) {
 			c.forward = append(c.forward, name)
 		}
@@ -1039,6 +1041,7 @@ func (r *relay) ready() bool { return !r.draining.Load() }
 // serve runs until it is told to stop or cannot go on, and returns the exit code. The admin port answers to the end of
 // a drain.
 func (r *relay) serve(ctx context.Context) int {
+	signal.Ignore(syscall.SIGPIPE)     // or the relay would die of a log that nobody reads any more
 	signals := make(chan os.Signal, 2) // one to stop, one to stop at once: signal.Notify drops what finds no room
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
@@ -1057,7 +1060,8 @@ func (r *relay) serve(ctx context.Context) int {
 	r.fan.startSpools() // before the first request: one that fails needs the spool's recipient
 	go func() { failed <- r.serveData() }()
 	r.log.Info("listening", "addr", r.conns.Addr())
-	r.notify("READY=1")
+	manager := r.manager()
+	manager.notify("READY=1")
 	alive, end := context.WithCancel(context.WithoutCancel(ctx)) // a drain may take longer than the watchdog's patience
 	defer end()
 	go r.watchdog(alive)
@@ -1070,7 +1074,7 @@ func (r *relay) serve(ctx context.Context) int {
 	case <-ctx.Done():
 		r.log.Info("stopping")
 	}
-	r.notify("STOPPING=1")
+	manager.notify("STOPPING=1")
 	if err := r.drain(ctx, signals); err != nil {
 		r.log.Error("stopped before everything was delivered", "requests", r.metrics.inflightRequests.Value(),
 			"undelivered", strings.Join(r.fan.abandon(), ", "), "error", err)
@@ -1132,20 +1136,32 @@ func (r *relay) answered(ctx context.Context) bool {
 	return true
 }
 
-// notify tells the service manager what the relay is about (sd_notify(3)), if there is one. A failure is logged and
-// changes nothing. An address that begins with @ is an abstract one, which package net knows.
-func (r *relay) notify(state string) {
-	socket := os.Getenv("NOTIFY_SOCKET")
-	if socket == "" {
+// A manager is the service manager that started the relay (sd_notify(3)), if there is one. Not safe for concurrent use.
+type manager struct {
+	socket string   // "": there is none; one that begins with @ is abstract, which package net knows
+	conn   net.Conn // kept: a process that is out of descriptors is not to be taken for dead
+	log    *slog.Logger
+}
+
+func (r *relay) manager() *manager { return &manager{socket: os.Getenv("NOTIFY_SOCKET"), log: r.log} }
+
+// notify tells what the relay is about. A failure is logged and changes nothing.
+func (m *manager) notify(state string) {
+	if m.socket == "" {
 		return
 	}
-	c, err := net.Dial("unixgram", socket)
-	if err == nil {
-		_, err = io.WriteString(c, state)
-		c.Close()
+	var err error
+	if m.conn != nil {
+		if _, err = io.WriteString(m.conn, state); err == nil {
+			return
+		}
+		m.conn.Close()
+	}
+	if m.conn, err = net.Dial("unixgram", m.socket); err == nil {
+		_, err = io.WriteString(m.conn, state)
 	}
 	if err != nil {
-		r.log.Warn("cannot notify the service manager", "state", state, "error", err)
+		m.log.Warn("cannot notify the service manager", "state", state, "error", err)
 	}
 }
 
@@ -1157,8 +1173,9 @@ func (r *relay) watchdog(ctx context.Context) {
 	if err != nil || usec <= 0 || pid != "" && pid != strconv.Itoa(os.Getpid()) {
 		return
 	}
+	m := r.manager()
 	for sleep(ctx, time.Duration(usec)*time.Microsecond/2) {
-		r.notify("WATCHDOG=1")
+		m.notify("WATCHDOG=1")
 	}
 }
 

@@ -296,6 +296,7 @@ func TestValuesThatAreRefused(t *testing.T) {
 		{"max-body-size", "0"}, {"max-body-size", "-1"}, {"max-inflight-bytes", "1"},
 		{"log-level", ""}, {"log-level", "info+1"}, {"log-format", "text"},
 		{"forward-header", ""}, {"forward-header", "A B"}, {"forward-header", "Connection"}, {"forward-header", "transfer-encoding"},
+		{"forward-header", "host"}, {"forward-header", "X-Forwarded-*"},
 	} {
 		got := faultsOf(t, "-upstream", "log:", "-"+test.name, test.value)
 		if len(got) != 1 || !strings.Contains(got[0], "-"+test.name) {

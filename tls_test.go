@@ -694,6 +694,23 @@ func TestSilentPipeIsGivenUp(t *testing.T) {
 	}
 }
 
+// In a TLS record a single byte of a head is not to be told from a whole one: half a head is cut all the same.
+func TestHalfAHeadOverTLS(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	f := newFolder(t)
+	relay := start(t, append(f.serverFlags(t, ca.issue(t)), "-upstream", "log:", "-server-read-timeout", "300ms")...)
+	c, err := tls.Dial("tcp", relay.addr, trusting(ca, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	keepAlive(t, c)
+	write(t, c, "P")
+	ended(t, c)
+}
+
 // A session that began under one CA ends with it, while the change of the server's certificate leaves it alone.
 func TestResumedSessionsAreVerifiedAgain(t *testing.T) {
 	t.Parallel()
