@@ -162,6 +162,11 @@ func (f *fault) Error() string {
 
 func (f *fault) Unwrap() error { return f.cause }
 
+// badRequest is a fault of the client's that it must mend before it tries again. reason is one of rejectReasons.
+func badRequest(reason, public string) *fault {
+	return &fault{status: http.StatusBadRequest, code: codeInvalidArgument, public: public, reason: reason}
+}
+
 // A payload is what one client sent, ready to be copied. Everything in it is immutable and shared by all upstreams;
 // the body's bytes stay counted as in flight until the last user has called release, and then become another body's. A
 // new payload has no user: its maker calls hold before anybody else has it.
@@ -444,8 +449,8 @@ func (a *answer) words(route routeID, hide func(string) string) (string, code) {
 			text, own = e.Message, codeByName(e.Code)
 		}
 	}
-	if a.encoding != "" && a.encoding != "identity" || a.status/100 == 2 || a.status/100 == 3 {
-		text = "" // not readable, or a page for browsers
+	if a.encoding != "" && a.encoding != "identity" || a.status/100 == 2 || a.status/100 == 3 || own == codeOK && escaped(text, hide) {
+		text = "" // not readable, or a page for browsers, or not to be seen
 	}
 	text = hide(text) // before it is cut or made printable, or a part of a secret could stay
 	text = oneLine(text[:min(len(text), 4*maxWords)])
@@ -453,6 +458,22 @@ func (a *answer) words(route routeID, hide func(string) string) (string, code) {
 		text = strings.TrimSpace(fmt.Sprintf("HTTP status %d %s", a.status, http.StatusText(a.status)))
 	}
 	return text, own
+}
+
+// escaped tells whether text is JSON in which hide would find something, were it not for JSON's escapes.
+func escaped(text string, hide func(string) string) bool {
+	if !strings.Contains(text, `\`) {
+		return false
+	}
+	for d := json.NewDecoder(strings.NewReader(text)); ; {
+		t, err := d.Token()
+		if err != nil {
+			return false
+		}
+		if s, ok := t.(string); ok && hide(s) != s {
+			return true
+		}
+	}
 }
 
 // oneLine makes a foreign text safe to print: one line of valid UTF-8, no control characters, at most maxWords bytes.

@@ -1021,11 +1021,6 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// badRequest is a fault of the client's that it must mend before it tries again. reason is one of rejectReasons.
-func badRequest(reason, public string) *fault {
-	return &fault{status: http.StatusBadRequest, code: codeInvalidArgument, public: public, reason: reason}
-}
-
 // admit checks what a request says of itself besides its protocol, and picks the headers that go upstream. They are a
 // new map, which shares its values with r. What Connection nominates is for this hop and does not go. To nominate the
 // tenant is refused: without it the profile would pass for somebody else's.

@@ -1348,6 +1348,25 @@ func TestReplacedSecretsStayInside(t *testing.T) {
 	}
 }
 
+// What an answer says in JSON is shown as it came on /ingest, unless its escapes hide a secret.
+func TestEscapedSecretsStayInside(t *testing.T) {
+	t.Parallel()
+	hide := func(s string) string { return strings.ReplaceAll(s, "p<ss/word", "***") }
+	for _, test := range []struct{ body, want string }{
+		{`{"message":"no p<ss/word"}`, `{"message":"no ***"}`},
+		{`{"message":"a \u003c b"}`, `{"message":"a \u003c b"}`},
+		{`{"message":["no p\u003css\/word"]}`, "HTTP status 401 Unauthorized"},
+		{`{"p\u003css/word":`, "HTTP status 401 Unauthorized"},
+	} {
+		for _, mediaType := range []string{"application/json", "text/plain"} {
+			a := answer{status: http.StatusUnauthorized, mediaType: mediaType, body: []byte(test.body)}
+			if got, _ := a.words(routeIngest, hide); got != test.want {
+				t.Errorf("%s of %s: %s, want %s", mediaType, test.body, got, test.want)
+			}
+		}
+	}
+}
+
 func FuzzParseCAs(f *testing.F) {
 	ca := newAuthority(f)
 	f.Add(ca.pem)
