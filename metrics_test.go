@@ -422,6 +422,29 @@ func TestDeployNamesFlagsThatExist(t *testing.T) {
 	}
 }
 
+// Latencies are those of the upstream: of each attempt, and of all of them with what lies between.
+func TestLatencies(t *testing.T) {
+	t.Parallel()
+	const slow = 20 * time.Millisecond
+	up := newPeer(t, func(w http.ResponseWriter, r *http.Request, n int) {
+		time.Sleep(slow)
+		if n == 1 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	relay := start(t, fastRetries("-upstream", up.URL+",name=up")...)
+	if resp := post(t, newClient(t, "HTTP/1.1"), relay.url("/ingest"), nil); resp.StatusCode != http.StatusOK {
+		t.Fatal(resp.Status)
+	}
+	for kind, count := range map[string]float64{"ingest_downstream": 2, "ingest_endpoint": 1} {
+		labels := `{endpoint="up",type="` + kind + `"}`
+		sum := relay.metric(t, "pyroscope_write_latency_sum"+labels)
+		if n := relay.metric(t, "pyroscope_write_latency_count"+labels); n != count || sum < (2*slow).Seconds() || sum > patience.Seconds() {
+			t.Errorf("%s: %v seconds in %v", kind, sum, n)
+		}
+	}
+}
+
 // A slowWriter is an answer to somebody who reads HELP and TYPE of the first family, and no more.
 type slowWriter struct {
 	httptest.ResponseRecorder
