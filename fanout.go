@@ -177,6 +177,7 @@ type payload struct {
 	body   []byte
 	lines  []byte // what wire makes of header, for upstreams that set none; nil: not made
 	timed  bool   // the client set a deadline of its own: forwarded, and the call is dropped when the client hangs up
+	hasty  bool   // that deadline left less time than haste
 	// expires is when its delivery ends; it is not set for a payload out of the spool.
 	expires time.Time
 	users   atomic.Int32
@@ -298,12 +299,12 @@ type outcome struct {
 	reply   reply         // where verdict is accepted
 	wait    time.Duration // the upstream's Retry-After, however long; 0 = none
 	expired bool          // no answer in time
-	hasty   bool          // and that says nothing of the upstream: see haste
+	hasty   bool          // and that says nothing of the upstream
 }
 
-// haste is what an attempt may have too little of because of its client's own deadline: without it that much, or a whole
-// attempt's time if that is less, the upstream is not taken for one that is down.
-const haste = time.Second
+// haste is the least time that a client must allow, by a deadline of its own, for what comes of it to say anything of the
+// upstream: one that is in greater haste does not make it one that is down.
+const haste = 250 * time.Millisecond
 
 // errTooLong is an answer that does not end within maxAnswer.
 var errTooLong = errors.New("the answer is longer than 1 MiB")
@@ -547,8 +548,11 @@ func (u *upstream) deliver(ctx context.Context, p *payload, end time.Time) outco
 		u.pendingBytes.Add(-int64(len(p.body)))
 		u.metrics.whole[p.route].observe(time.Since(start))
 	}()
+	hasty := true // in each attempt
 	for n := 0; ; n++ {
 		out := u.attempt(ctx, p, n, end)
+		hasty = hasty && out.hasty
+		out.hasty = hasty
 		if out.verdict != transient || u.spool != nil || !u.retry.more(n, out.status) {
 			return out
 		}
@@ -590,7 +594,7 @@ func (u *upstream) offer(ctx context.Context, p *payload) outcome {
 			u.settle(ctx, p, out)
 			return out
 		}
-		if !out.hasty {
+		if !out.hasty && u.hurry.Err() == nil { // cut short by the relay itself, it says nothing either
 			u.health.down(u, out.fault)
 			u.spool.rest(out.wait)
 		}
@@ -703,7 +707,7 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 		return u.logProfile(p)
 	}
 	limit := u.retry.attemptTime(n, end.Sub(start))
-	hasty := p.timed && limit < min(haste, u.retry.timeout)
+	hasty := p.hasty && limit < u.retry.timeout
 	a, err := u.exchange(ctx, start.Add(limit), hasty, p)
 	out := judge(p, a, err, &u.retry, u.link.hide)
 	out.hasty = hasty && out.expired

@@ -383,6 +383,19 @@ func TestHangUps(t *testing.T) {
 	}
 }
 
+// One that has time for an attempt does say something, though its last attempt is short.
+func TestSilenceIsAnOutage(t *testing.T) {
+	t.Parallel()
+	relay := start(t, fastRetries("-upstream", "http://"+blackHole(t)+",name=hole", "-delivery-timeout", "600ms")...)
+	for _, timeout := range []string{"500", "10000"} {
+		resp := post(t, newClient(t, "HTTP/1.1"), relay.url(pushPath), []byte("x"), "Content-Type", "application/proto", "Connect-Timeout-Ms", timeout)
+		if resp.StatusCode != http.StatusGatewayTimeout {
+			t.Errorf("answered %s", resp.Status)
+		}
+	}
+	eventually(t, "the upstream is said to be down", func() bool { return strings.Contains(relay.stderr.String(), "upstream is down") })
+}
+
 // A client in haste says nothing of the upstream: it is not down, and its spool does not rest.
 func TestHastyClients(t *testing.T) {
 	t.Parallel()
@@ -402,7 +415,7 @@ func TestHastyClients(t *testing.T) {
 		relay := start(t, flags...)
 		c := newClient(t, "HTTP/1.1")
 		for _, status := range []int{want, http.StatusOK} {
-			resp := post(t, c, relay.url(pushPath), []byte("x"), "Content-Type", "application/proto", "Connect-Timeout-Ms", "200")
+			resp := post(t, c, relay.url(pushPath), []byte("x"), "Content-Type", "application/proto", "Connect-Timeout-Ms", "150")
 			if resp.StatusCode != status {
 				t.Errorf("spool %v: answered %s, want %d", spool, resp.Status, status)
 			}

@@ -584,20 +584,24 @@ type claim struct {
 	*share
 	bytes   int64         // beyond what it holds
 	granted chan struct{} // closed under budget.mu
+	since   time.Time
 }
+
+// fairWait is how long bodies that begin may pass over one that has begun and only lacks room.
+const fairWait = roomWait / 5
 
 // take reserves n bytes more for s, waiting for them until patience or ctx ends; false if they did not come free, and s
 // holds what it held. n may be 0, for a body without bytes: that never waits. Call give once for what s holds in the
 // end, and before that whole.
 func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Duration) bool {
 	b.mu.Lock()
-	last := b.waiting.Back()
-	queue := last != nil && last.Value.(*claim).held == 0 // of those that have not begun
-	if (n == 0 || s.held > 0 || !queue) && b.grantLocked(s, n) {
+	least, fresh := b.nextLocked()
+	behind := fresh != nil || b.starvesLocked(least)
+	if (n == 0 || s.held > 0 || !behind) && b.grantLocked(s, n) {
 		b.mu.Unlock()
 		return true
 	}
-	c := &claim{s, n, make(chan struct{})}
+	c := &claim{s, n, make(chan struct{}), time.Now()}
 	place := b.waiting.PushBack(c)
 	if s.held > 0 {
 		b.waiting.MoveToFront(place)
@@ -695,17 +699,37 @@ func (b *budget) give(n int64) {
 // would leave time for nothing else.
 func (b *budget) serveLocked() {
 	for {
-		var least *list.Element
-		e := b.waiting.Front()
-		for ; e != nil && e.Value.(*claim).held > 0; e = e.Next() {
-			if least == nil || e.Value.(*claim).need() < least.Value.(*claim).need() {
-				least = e
-			}
+		least, fresh := b.nextLocked()
+		if least != nil && b.serveOneLocked(least) {
+			continue
 		}
-		if (least == nil || !b.serveOneLocked(least)) && (e == nil || !b.serveOneLocked(e)) {
+		if fresh == nil || b.starvesLocked(least) || !b.serveOneLocked(fresh) {
 			return
 		}
 	}
+}
+
+// nextLocked are who is next of those that wait: of those that have begun and of those that have not; nil if there are
+// none.
+func (b *budget) nextLocked() (least, fresh *list.Element) {
+	fresh = b.waiting.Front()
+	for ; fresh != nil && fresh.Value.(*claim).held > 0; fresh = fresh.Next() {
+		if least == nil || fresh.Value.(*claim).need() < least.Value.(*claim).need() {
+			least = fresh
+		}
+	}
+	return least, fresh
+}
+
+// starvesLocked tells whether a body that has begun has waited for too long for bytes that others are given meanwhile.
+// One that must not have them, for the sake of those that have begun like it, would gain nothing if nobody else were
+// served.
+func (b *budget) starvesLocked(least *list.Element) bool {
+	if least == nil {
+		return false
+	}
+	c := least.Value.(*claim)
+	return c.bytes > b.free && time.Since(c.since) >= fairWait
 }
 
 // serveOneLocked gives one that waits what it asks for, if that can be spared.
@@ -1003,6 +1027,7 @@ func (g *gate) relay(w http.ResponseWriter, r *http.Request, id routeID, x excha
 	p.hold()
 	defer p.release()
 	p.timed, p.expires = timed, earlier(expires, time.Now().Add(g.deliveryTimeout))
+	p.hasty = timed && timeout < min(haste, g.deliveryTimeout)
 	return g.fan.send(r.Context(), p)
 }
 

@@ -1574,6 +1574,41 @@ func TestBudgetPassesBodiesThatGrow(t *testing.T) {
 	})
 }
 
+// A body that has begun and only lacks room is not passed over for ever by small ones.
+func TestBudgetFinishesBodiesThatGrow(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(100, newMetrics())
+		x := &share{limit: 80}
+		if !b.take(t.Context(), x, 20, 0) {
+			t.Fatal("there was room")
+		}
+		grown := make(chan bool, 1)
+		var small sync.WaitGroup
+		for range 4 { // they hold 40 at any time
+			small.Go(func() {
+				for len(grown) == 0 {
+					s := &share{limit: 10}
+					if !b.take(t.Context(), s, 10, roomWait) {
+						t.Error("a small one found no room")
+						return
+					}
+					time.Sleep(100 * time.Millisecond)
+					b.give(s.held)
+				}
+			})
+			time.Sleep(25 * time.Millisecond)
+		}
+		start := time.Now()
+		if !b.take(t.Context(), x, 60, roomWait) || time.Since(start) > 2*fairWait {
+			t.Errorf("waited %v", time.Since(start))
+		}
+		grown <- true
+		b.give(x.held)
+		small.Wait()
+	})
+}
+
 // Thousands of bodies that have begun and find no more room cost little to keep waiting, and to let go.
 func TestBudgetStormEnds(t *testing.T) {
 	t.Parallel()

@@ -45,7 +45,7 @@ const (
 	rejectBodyRead    = "body_read"    // the body ended early, or came too slowly
 	rejectInflight    = "inflight"     // no room in -max-inflight-bytes
 	rejectTenant      = "tenant"       // two, one that cannot be, or one that Connection nominates
-	rejectProtocol    = "protocol"     // no valid Connect, gRPC or gRPC-Web call
+	rejectProtocol    = "protocol"     // no valid Connect, gRPC or gRPC-Web call, or a space in the query
 	rejectCrossOrigin = "cross_origin" // from a browser on another site
 	rejectLoop        = "loop"         // it has been here before
 	rejectSpoolFull   = "spool_full"   // the spool of a required upstream could not take it
