@@ -903,10 +903,11 @@ func (g *gate) confess(r *http.Request) {
 }
 
 // part asks the client, with the answer that is about to be written, to go elsewhere when the relay is to stop, and an
-// HTTP/1 client also when it should make room. On HTTP/2 this sends GOAWAY: the client may go on with what it began, and
+// HTTP/1 client also when it should make room. Of HTTP/1.0 each connection has one request: net/http does not see that
+// there may be chunks, whose bytes would be taken for the next ones (RFC 9112, section 6.1). On HTTP/2 this sends GOAWAY: the client may go on with what it began, and
 // begins nothing more.
 func (g *gate) part(w http.ResponseWriter, r *http.Request, room bool) {
-	if !g.ready() || room && r.ProtoMajor == 1 && g.conns.wantsRoom() {
+	if !g.ready() || !r.ProtoAtLeast(1, 1) || room && r.ProtoMajor == 1 && g.conns.wantsRoom() {
 		w.Header().Set("Connection", "close")
 	}
 }
@@ -951,6 +952,10 @@ func (g *gate) serve(w http.ResponseWriter, r *http.Request, id routeID, rt rout
 	if err := g.origins.Check(r); err != nil {
 		g.metrics.rejected[rejectCrossOrigin].Add(1)
 		g.plain(w, r, id, http.StatusForbidden, "cross-origin requests from browsers are refused")
+		return
+	}
+	if !r.ProtoAtLeast(1, 1) && r.Header["Content-Length"] == nil {
+		g.plain(w, r, id, http.StatusLengthRequired, "a body needs a Content-Length in this version of HTTP")
 		return
 	}
 	x, f := rt(r)

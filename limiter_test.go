@@ -790,6 +790,30 @@ func TestOtherVersions(t *testing.T) {
 	}
 }
 
+// HTTP/1.0 knows no chunks: a body without a length would be lost in silence, and one that is in chunks all the same
+// would be read as further requests.
+func TestHTTP10(t *testing.T) {
+	t.Parallel()
+	up := newPeer(t, nil)
+	relay := start(t, "-upstream", up.URL)
+	hidden := "POST /ingest?hidden HTTP/1.1\r\nHost: relay\r\nContent-Length: 0\r\n\r\n"
+	for _, test := range []struct{ raw, answer string }{
+		{"POST /ingest HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", "HTTP/1.0 411 "},
+		{"POST /ingest HTTP/1.0\r\nConnection: keep-alive\r\n\r\nabcdef", "HTTP/1.0 411 "},
+		{"POST /ingest HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc" + hidden, "HTTP/1.0 200 "},
+	} {
+		c := dial(t, relay.addr)
+		write(t, c, test.raw)
+		c.CloseWrite()
+		if said := ended(t, c); !strings.HasPrefix(said, test.answer) || strings.Count(said, "HTTP/1.") != 1 {
+			t.Errorf("%q: answered %q", test.raw, said)
+		}
+	}
+	if r := up.one(t); string(r.body) != "abc" {
+		t.Errorf("%q arrived", r.body)
+	}
+}
+
 // Connection may not take the tenant away from a request.
 func TestNominatedTenant(t *testing.T) {
 	t.Parallel()

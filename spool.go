@@ -397,6 +397,8 @@ type spooled struct {
 	declined int       // times that its upstream was too busy for it
 	poison   int       // those that count for poisonAnswers
 	proved   bool      // one was its own: another profile was accepted after it
+	turned   bool      // the last was a trialBusy
+	apart    bool      // one of those was meant for it alone: another profile was accepted after it
 	after    time.Time // not to be sent before
 }
 
@@ -492,6 +494,7 @@ type spool struct {
 	streak    int        // accepted since the upstream was last down
 	failures  int        // in a row
 	pause     time.Time  // nothing is sent before
+	picky     bool       // the upstream turns some away while it takes others: it is not left alone for each of these
 	suspect   *spooled   // failed last; whether the upstream is at fault, the next one will show
 	failed    []*spooled // all that failed since one was accepted, but for those known for it
 	rounds    int        // times that the upstream was found down
@@ -551,6 +554,9 @@ func (s *spool) store(ctx context.Context, p *payload) error {
 	i, _ := slices.BinarySearchFunc(s.files, f, byID)
 	s.files, s.bytes = slices.Insert(s.files, i, f), s.bytes+f.size
 	s.stored.Add(1)
+	if first := s.files[0]; len(s.files) == 2 && !first.proved && !first.apart {
+		first.after = time.Time{} // while it was alone it waited for itself; f is not to overtake it
+	}
 	return nil
 }
 
@@ -751,7 +757,7 @@ func (s *spool) widthLocked() int {
 // it comes back is not let go first every time: after poisonAnswers failures every other round begins elsewhere.
 func (s *spool) firstLocked() int {
 	if len(s.files) > 0 && (s.suspect != nil || s.rounds%2 == 1 && s.files[0].tries >= poisonAnswers) {
-		return s.rounds % len(s.files)
+		return rand.IntN(len(s.files)) // any: its neighbours may be a tenant's that is turned away like it
 	}
 	return 0
 }
@@ -835,19 +841,20 @@ func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.T
 		return false
 	case trialBusy:
 		f.declined++
-		if f.declined <= busyAnswers && !f.proved && (s.suspect == nil || s.suspect == f) {
+		if f.declined <= busyAnswers && !f.apart && !s.picky && (s.suspect == nil || s.suspect == f) {
 			s.restLocked(asked, now) // in an outage all wait, and go in order after it
 			return false
 		}
 	}
 	f.after = now.Add(s.to.patience(f.tries+f.declined, asked, 0))
-	if t != trialBusy {
+	if f.turned = t == trialBusy; !f.turned {
 		f.tries++
 	}
+	known := f.proved || f.turned && f.apart
 	switch {
-	case f.proved && s.failures > 0: // in an outage any profile fails
+	case known && s.failures > 0: // in an outage any profile fails
 		return false
-	case f.proved || s.aloneLocked(f):
+	case known || s.aloneLocked(f):
 		return t == trialPoison && s.countLocked(f)
 	}
 	if !slices.Contains(s.failed, f) {
@@ -865,7 +872,11 @@ func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.T
 // acceptedLocked notes that the upstream is up, and that what failed before was at fault itself.
 func (s *spool) acceptedLocked() {
 	for _, f := range s.failed {
-		f.proved = true
+		if f.turned {
+			f.apart, s.picky = true, true
+		} else {
+			f.proved = true
+		}
 	}
 	s.failed, s.suspect = nil, nil
 	s.failures, s.streak = 0, s.streak+1
@@ -897,6 +908,7 @@ func (s *spool) restLocked(asked time.Duration, now time.Time) {
 	s.pause = now.Add(s.to.patience(s.failures, asked, rand.Float64()))
 	s.failures++
 	s.rounds++
+	s.picky = s.picky && s.failures < poisonAnswers
 }
 
 // rest is for a failure that was seen outside the spool, by a delivery in a client's time: replay does not ask the same
