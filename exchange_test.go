@@ -57,7 +57,7 @@ func newPayload(body []byte) *payload {
 
 // tryOnce is one exchange with that much time.
 func (u *upstream) tryOnce(p *payload, d time.Duration) (*answer, error) {
-	return u.exchange(context.Background(), time.Now().Add(d), false, p)
+	return u.exchange(context.Background(), time.Now().Add(d), p)
 }
 
 func (d *direct) pooled() int {
@@ -538,7 +538,9 @@ func TestPoolIsForgottenAfterFailure(t *testing.T) {
 	}
 	u.direct.forget(u.direct.era)
 	fill(t, u, server, 2, answer)
-	if _, err := u.exchange(t.Context(), time.Now().Add(quick), true, newPayload([]byte("black hole"))); err == nil || u.direct.pooled() != 1 {
+	hasty := newPayload([]byte("black hole"))
+	hasty.hasty = true
+	if _, err := u.tryOnce(hasty, quick); err == nil || u.direct.pooled() != 1 {
 		t.Errorf("%v; after a timeout that proves nothing %d connections are pooled, want 1", err, u.direct.pooled())
 	}
 }
@@ -570,7 +572,7 @@ func TestCancelledExchange(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error)
 			go func() {
-				_, err := u.exchange(ctx, time.Now().Add(time.Hour), false, newPayload(make([]byte, s.body)))
+				_, err := u.exchange(ctx, time.Now().Add(time.Hour), newPayload(make([]byte, s.body)))
 				done <- err
 			}()
 			<-begun

@@ -299,7 +299,6 @@ type outcome struct {
 	reply   reply         // where verdict is accepted
 	wait    time.Duration // the upstream's Retry-After, however long; 0 = none
 	expired bool          // no answer in time
-	hasty   bool          // and that says nothing of the upstream
 }
 
 // haste is the least time that a client must allow, by a deadline of its own, for what comes of it to say anything of the
@@ -548,11 +547,8 @@ func (u *upstream) deliver(ctx context.Context, p *payload, end time.Time) outco
 		u.pendingBytes.Add(-int64(len(p.body)))
 		u.metrics.whole[p.route].observe(time.Since(start))
 	}()
-	hasty := true // in each attempt
 	for n := 0; ; n++ {
 		out := u.attempt(ctx, p, n, end)
-		hasty = hasty && out.hasty
-		out.hasty = hasty
 		if out.verdict != transient || u.spool != nil || !u.retry.more(n, out.status) {
 			return out
 		}
@@ -594,8 +590,7 @@ func (u *upstream) offer(ctx context.Context, p *payload) outcome {
 			u.settle(ctx, p, out)
 			return out
 		}
-		if !out.hasty && u.hurry.Err() == nil { // cut short by the relay itself, it says nothing either
-			u.health.down(u, out.fault)
+		if u.failed(p, out) {
 			u.spool.rest(out.wait)
 		}
 	}
@@ -706,11 +701,9 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 	if u.url == nil {
 		return u.logProfile(p)
 	}
-	limit := u.retry.attemptTime(n, end.Sub(start))
-	hasty := p.hasty && limit < u.retry.timeout
-	a, err := u.exchange(ctx, start.Add(limit), hasty, p)
+	deadline := start.Add(u.retry.attemptTime(n, end.Sub(start)))
+	a, err := u.exchange(ctx, deadline, p)
 	out := judge(p, a, err, &u.retry, u.link.hide)
-	out.hasty = hasty && out.expired
 	if out.fault != nil {
 		u.log.Debug("attempt failed", "upstream", u.name, "attempt", n+1, "took", time.Since(start), "error", out.fault)
 	}
@@ -718,15 +711,16 @@ func (u *upstream) attempt(ctx context.Context, p *payload, n int, end time.Time
 }
 
 // exchange sends p and reads the answer to its end, by deadline. After an error the next exchange does not use a
-// connection that was pooled before: it may just have proved dead. An error that is not nil is all that counts,
-// whatever the answer. Afterwards a transport may still read the body, for which it has a hold of its own.
-func (u *upstream) exchange(ctx context.Context, deadline time.Time, hasty bool, p *payload) (*answer, error) {
+// connection that was pooled before: it may just have proved dead, unless p was in haste. An error that is not nil is
+// all that counts, whatever the answer. Afterwards a transport may still read the body, for which it has a hold of its
+// own.
+func (u *upstream) exchange(ctx context.Context, deadline time.Time, p *payload) (*answer, error) {
 	if u.direct != nil {
 		message, err := u.message(p)
 		if err != nil {
 			return nil, err
 		}
-		return u.direct.exchange(ctx, deadline, hasty, message)
+		return u.direct.exchange(ctx, deadline, u.inHaste(p), message)
 	}
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
@@ -747,7 +741,7 @@ func (u *upstream) exchange(ctx context.Context, deadline time.Time, hasty bool,
 	if err == nil && a.status/100 == 2 && len(p.body) > 0 && !body.sent(ctx) {
 		a, err = nil, cmp.Or(ctx.Err(), errTooSoon)
 	}
-	if err != nil && proves(err, hasty) {
+	if err != nil && proves(err, u.inHaste(p)) {
 		u.renew(client)
 	}
 	return a, err
@@ -986,11 +980,22 @@ func (u *upstream) settle(ctx context.Context, p *payload, out outcome) {
 	case dropRefused:
 		u.refusals.log(u.log, slog.LevelWarn, "upstream refused a profile", "upstream", u.name, "route", p.route, "status", out.status, "said", out.fault.public)
 	case dropDeadline, dropUnavailable:
-		if !out.hasty {
-			u.health.down(u, out.fault)
-		}
+		u.failed(p, out)
 	}
 }
+
+// failed notes that the upstream is down, and reports it, unless what came of p says nothing of the upstream: its client
+// was in haste, or the relay itself cut it short to stop.
+func (u *upstream) failed(p *payload, out outcome) bool {
+	if out.expired && u.inHaste(p) || u.hurry != nil && u.hurry.Err() != nil {
+		return false
+	}
+	u.health.down(u, out.fault)
+	return true
+}
+
+// inHaste tells whether the client left less time for p than any attempt at the upstream has by itself.
+func (u *upstream) inHaste(p *payload) bool { return p.hasty && u.retry.timeout >= haste }
 
 // health keeps the log of an upstream's outages short: a line when one begins, one every quietFor while it lasts, one
 // when it is over. The zero value is an upstream that is up; safe for concurrent use.

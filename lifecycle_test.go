@@ -402,7 +402,6 @@ func TestBadPassedSockets(t *testing.T) {
 	}
 }
 
-// -healthcheck asks the admin port, and needs nothing else.
 // Whoever reads the log may go: the relay goes on without.
 func TestLogWithoutReader(t *testing.T) {
 	t.Parallel()
@@ -433,6 +432,7 @@ func TestLogWithoutReader(t *testing.T) {
 	}
 }
 
+// -healthcheck asks the admin port, and needs nothing else.
 func TestHealthcheck(t *testing.T) {
 	t.Parallel()
 	relay := start(t, "-upstream", "log:", "-shutdown-delay", "10m")

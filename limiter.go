@@ -595,9 +595,7 @@ const fairWait = roomWait / 5
 // end, and before that whole.
 func (b *budget) take(ctx context.Context, s *share, n int64, patience time.Duration) bool {
 	b.mu.Lock()
-	least, fresh := b.nextLocked()
-	behind := fresh != nil || b.starvesLocked(least)
-	if (n == 0 || s.held > 0 || !behind) && b.grantLocked(s, n) {
+	if (n == 0 || s.held > 0 || !b.queueLocked()) && b.grantLocked(s, n) {
 		b.mu.Unlock()
 		return true
 	}
@@ -719,6 +717,12 @@ func (b *budget) nextLocked() (least, fresh *list.Element) {
 		}
 	}
 	return least, fresh
+}
+
+// queueLocked tells whether one that begins has others before it.
+func (b *budget) queueLocked() bool {
+	least, fresh := b.nextLocked()
+	return fresh != nil || b.starvesLocked(least)
 }
 
 // starvesLocked tells whether a body that has begun has waited for too long for bytes that others are given meanwhile.
@@ -851,6 +855,7 @@ type gate struct {
 	fan             *fanout
 	metrics         *metrics
 	log             *slog.Logger
+	panics          throttle                    // of the log of panics
 	ready           func() bool                 // false once the relay was told to stop
 	origins         *http.CrossOriginProtection // its zero-value policy: browsers may not post across origins
 }
@@ -897,7 +902,7 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // alone, as its own log is for debugging.
 func (g *gate) confess(r *http.Request) {
 	if v := recover(); v != nil {
-		g.log.Error("panic while serving a request", "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
+		g.panics.log(g.log, slog.LevelError, "panic while serving a request", "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
 		panic(http.ErrAbortHandler)
 	}
 }

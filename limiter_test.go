@@ -1598,6 +1598,30 @@ func TestBudgetPassesBodiesThatGrow(t *testing.T) {
 	})
 }
 
+// One that waits for those that have begun like it, and not for room, holds nobody else up, however long it waits.
+func TestBudgetPassesBodiesThatMustWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(100, newMetrics())
+		x, y := &share{limit: 80}, &share{limit: 80}
+		if !b.take(t.Context(), x, 20, 0) || !b.take(t.Context(), y, 20, 0) || !b.take(t.Context(), x, 20, 0) {
+			t.Fatal("there was room")
+		}
+		grown := make(chan bool, 1)
+		go func() { grown <- b.take(t.Context(), y, 20, time.Hour) }()
+		time.Sleep(2 * fairWait)
+		start := time.Now()
+		if !b.take(t.Context(), &share{limit: 10}, 10, time.Hour) || time.Since(start) != 0 {
+			t.Errorf("waited %v", time.Since(start))
+		}
+		b.whole(x)
+		b.give(x.held)
+		if !<-grown {
+			t.Error("the one that grows was not served")
+		}
+	})
+}
+
 // A body that has begun and only lacks room is not passed over for ever by small ones.
 func TestBudgetFinishesBodiesThatGrow(t *testing.T) {
 	t.Parallel()

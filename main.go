@@ -338,8 +338,11 @@ func (c *config) readArgs(args []string) error {
 		if err == nil {
 			err = fmt.Errorf("%q is not a flag, nor the value of one", rest[0])
 			rest = rest[1:]
-		} else if len(rest) > 0 && err.Error() == "bad flag syntax: "+rest[0] || len(rest) == len(args) {
+		} else if len(rest) == len(args) {
 			rest = rest[1:] // a flag that cannot even be taken apart stays in place
+			if n := len(faults); n > 0 && faults[n-1].Error() == err.Error() {
+				err = nil // it was reported after the flags before it
+			}
 		}
 		faults, args = append(faults, err), rest
 	}
@@ -1060,8 +1063,8 @@ func (r *relay) serve(ctx context.Context) int {
 	r.fan.startSpools() // before the first request: one that fails needs the spool's recipient
 	go func() { failed <- r.serveData() }()
 	r.log.Info("listening", "addr", r.conns.Addr())
-	manager := r.manager()
-	manager.notify("READY=1")
+	m := r.manager()
+	m.notify("READY=1")
 	alive, end := context.WithCancel(context.WithoutCancel(ctx)) // a drain may take longer than the watchdog's patience
 	defer end()
 	go r.watchdog(alive)
@@ -1074,7 +1077,7 @@ func (r *relay) serve(ctx context.Context) int {
 	case <-ctx.Done():
 		r.log.Info("stopping")
 	}
-	manager.notify("STOPPING=1")
+	m.notify("STOPPING=1")
 	if err := r.drain(ctx, signals); err != nil {
 		r.log.Error("stopped before everything was delivered", "requests", r.metrics.inflightRequests.Value(),
 			"undelivered", strings.Join(r.fan.abandon(), ", "), "error", err)

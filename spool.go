@@ -341,7 +341,6 @@ func (d *spoolDir) open(upstream string, max int64, dropOldest bool, m *endpoint
 		return nil, err
 	}
 	s.pending.Store(int64(len(s.files)))
-	s.stored.Store(int64(len(s.files)))
 	if n := len(s.files); n > 0 {
 		s.last = s.files[n-1].id
 		log.Info("spool holds profiles from before", "upstream", upstream, "files", n, "bytes", s.bytes)
@@ -471,7 +470,6 @@ type spool struct {
 	asides     throttle           // of what is put into rejected/
 	to         recipient          // set by start
 	writers    chan struct{}      // a semaphore
-	stored     atomic.Int64       // files
 	pending    atomic.Int64       // files, and those being written
 	failing    atomic.Bool        // the last write failed
 	wake       chan struct{}      // replay has something to look at
@@ -500,11 +498,16 @@ type spool struct {
 	rounds    int        // times that the upstream was found down
 }
 
-// waiting tells whether profiles must go through the spool, behind those that are there. It takes no lock: every
-// request asks. One that is being written is waited for, unless the last one failed: each would lead the next into a
+// waiting tells whether profiles must go through the spool, behind those that are there. It takes no lock while the
+// disk works: every request asks. One that is being written is waited for, unless the last one failed: each would lead the next into a
 // spool that takes nothing.
 func (s *spool) waiting() bool {
-	return s.pending.Load() > 0 && (!s.failing.Load() || s.stored.Load() > 0)
+	if s.pending.Load() == 0 || !s.failing.Load() {
+		return s.pending.Load() > 0
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.files) > 0
 }
 
 // add stores p and returns once it would outlive a crash. It waits for its turn until ctx ends, but for the disk, after
@@ -553,7 +556,6 @@ func (s *spool) store(ctx context.Context, p *payload) error {
 	// Writers overtake each other: the place is nearly always the last.
 	i, _ := slices.BinarySearchFunc(s.files, f, byID)
 	s.files, s.bytes = slices.Insert(s.files, i, f), s.bytes+f.size
-	s.stored.Add(1)
 	if first := s.files[0]; len(s.files) == 2 && !first.proved && !first.apart {
 		first.after = time.Time{} // while it was alone it waited for itself; f is not to overtake it
 	}
@@ -864,7 +866,12 @@ func (s *spool) judgeLocked(f *spooled, t trial, asked time.Duration, now time.T
 		s.suspect = f
 		return false
 	}
-	s.suspect.after, f.after = time.Time{}, time.Time{} // an outage: who waited first goes first after it
+	if s.picky && len(s.failed) < poisonAnswers {
+		return false // they may all be those that are turned away
+	}
+	for _, g := range s.failed {
+		g.after = time.Time{} // an outage: who waited first goes first after it
+	}
 	s.restLocked(asked, now)
 	return false
 }
@@ -908,7 +915,6 @@ func (s *spool) restLocked(asked time.Duration, now time.Time) {
 	s.pause = now.Add(s.to.patience(s.failures, asked, rand.Float64()))
 	s.failures++
 	s.rounds++
-	s.picky = s.picky && s.failures < poisonAnswers
 }
 
 // rest is for a failure that was seen outside the spool, by a delivery in a client's time: replay does not ask the same
@@ -930,7 +936,6 @@ func (s *spool) removeLocked(f *spooled) {
 	s.files[0] = nil // for the garbage collector: the array stays
 	s.files, s.bytes = s.files[1:], s.bytes-f.size
 	s.pending.Add(-1)
-	s.stored.Add(-1)
 	if s.suspect == f {
 		s.suspect = nil
 	}

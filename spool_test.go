@@ -634,6 +634,9 @@ func TestSpoolTakesRequestsInFlightAtShutdown(t *testing.T) {
 	if n := len(spoolFiles(t, dir, "up")); n != 1 {
 		t.Errorf("%d files", n)
 	}
+	if log := relay.stderr.String(); strings.Contains(log, "down") {
+		t.Errorf("what the relay cut short itself is called an outage:\n%s", log)
+	}
 }
 
 // A profile that is being replayed at SIGTERM is not cut off: it would be sent again after the restart.
@@ -1251,24 +1254,34 @@ func TestReplayAroundPoison(t *testing.T) {
 	}
 }
 
-// An outage is not held against a profile that was poison before it.
-// An upstream may be too busy for some profiles alone: those of one tenant, or those that are too large.
-func TestReplayAroundWhatIsNotTaken(t *testing.T) {
+// An upstream that is known to turn one tenant away is not left alone for each of its profiles.
+func TestReplayBesideATenantsStream(t *testing.T) {
 	t.Parallel()
-	var took []string
-	var last time.Duration
-	s, seen := runSpool(t, func(body string, since time.Duration) trial {
-		if body == "0" || body == "3" {
+	const good = 600
+	r, took := &scripted{}, 0
+	r.answer = func(body string) trial {
+		if body == "busy" {
 			return trialBusy
 		}
-		took, last = append(took, body), since
+		took++
 		return trialAccepted
-	}, numbered(20)...)
-	if len(took) != 18 || last > 2*time.Minute {
-		t.Errorf("%d of 18 arrived within %v", len(took), last)
 	}
-	if n := s.metrics.spool.rejected.Value(); n != 0 || len(s.files) != 2 || len(seen) > 400 {
-		t.Errorf("%d set aside, %d left, asked %d times in an hour", n, len(s.files), len(seen))
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		s := openTestSpool(t, dir, 1<<20, false)
+		s.start(t.Context(), r)
+		for i := range good {
+			if i%5 == 0 {
+				s.add(t.Context(), testPayload("busy"))
+			}
+			s.add(t.Context(), testPayload("good"))
+			time.Sleep(time.Second)
+		}
+		time.Sleep(time.Minute)
+		s.stop(t.Context())
+	})
+	if took != good {
+		t.Errorf("%d of %d arrived", took, good)
 	}
 }
 
@@ -1308,23 +1321,32 @@ func TestReplayOfALoneOneInOrder(t *testing.T) {
 	}
 }
 
-// One tenant's profiles that are turned away for now do not starve another's, however many there are.
-func TestReplayAroundATenant(t *testing.T) {
+// An upstream may be too busy for some profiles alone: those that are too large, or those of one tenant, however many
+// they are. They do not starve the others, and are kept.
+func TestReplayAroundWhatIsNotTaken(t *testing.T) {
 	t.Parallel()
-	var took []string
-	var last time.Duration
-	s, _ := runSpool(t, func(body string, since time.Duration) trial {
-		if n, _ := strconv.Atoi(body); n < 10 || n%2 == 0 {
-			return trialBusy
+	for _, test := range []struct {
+		all, good int
+		busy      func(n int) bool
+		within    time.Duration
+	}{
+		{20, 18, func(n int) bool { return n == 0 || n == 3 }, 2 * time.Minute},
+		{30, 10, func(n int) bool { return n < 10 || n%2 == 0 }, 50 * time.Minute},
+	} {
+		took, last := 0, time.Duration(0)
+		s, seen := runSpool(t, func(body string, since time.Duration) trial {
+			if n, _ := strconv.Atoi(body); test.busy(n) {
+				return trialBusy
+			}
+			took, last = took+1, since
+			return trialAccepted
+		}, numbered(test.all)...)
+		if took != test.good || last > test.within {
+			t.Errorf("%d of %d arrived, the last after %v", took, test.good, last)
 		}
-		took, last = append(took, body), since
-		return trialAccepted
-	}, numbered(30)...)
-	if len(took) != 10 || last > 50*time.Minute {
-		t.Errorf("%d of 10 arrived, the last after %v", len(took), last)
-	}
-	if n := s.metrics.spool.rejected.Value(); n != 0 || len(s.files) != 20 {
-		t.Errorf("%d set aside, %d left", n, len(s.files))
+		if n := s.metrics.spool.rejected.Value(); n != 0 || len(s.files) != test.all-test.good || len(seen) > 100*test.all {
+			t.Errorf("%d set aside, %d left, asked %d times in an hour", n, len(s.files), len(seen))
+		}
 	}
 }
 
@@ -1345,6 +1367,7 @@ func TestReplayBlamesNoTenant(t *testing.T) {
 	}
 }
 
+// An outage is not held against a profile that was poison before it.
 func TestReplayOfPoisonInAnOutage(t *testing.T) {
 	t.Parallel()
 	calls := 0
