@@ -1355,7 +1355,7 @@ func TestReplayBlamesNoTenant(t *testing.T) {
 	t.Parallel()
 	s, _ := runSpool(t, func(body string, since time.Duration) trial {
 		switch {
-		case since > 10*time.Minute:
+		case since > 30*time.Minute:
 			return trialPoison
 		case body != "2":
 			return trialBusy
